@@ -1,0 +1,71 @@
+"""The command line. One file per command group; this one knows the global options and what an error's exit code is.
+
+Exit codes are the contract's: 0 ok, 1 failure, 2 usage, 69 a database or sink cannot be reached, 78 configuration.
+stdout is data, stderr is talk. A user sees causes and cures, never a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from cdc import config as configuration
+from cdc.cli.app import App
+from cdc.cli.check import check
+from cdc.cli.demo import demo
+from cdc.cli.logs import set_up_logging
+from cdc.cli.migrate import migrate
+from cdc.cli.run import run
+from cdc.cli.status import status
+from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
+
+EXIT_FAILURE = 1
+EXIT_UNREACHABLE = 69
+EXIT_CONFIG = 78
+
+
+class _Causes(click.Group):
+    """Turns this package's errors into one clear line each and the right exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except CdcError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            code = EXIT_FAILURE
+            if isinstance(error, ConfigError):
+                code = EXIT_CONFIG
+            elif isinstance(error, DatabaseUnreachable):
+                code = EXIT_UNREACHABLE
+            sys.exit(code)
+        except BrokenPipeError:
+            # The reader of our output has gone: end quietly, and keep Python from complaining at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_FAILURE)
+
+
+@click.group(cls=_Causes, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "-c",
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help="The YAML file. Default: $CDC_CONFIG, ./config.yaml, /etc/cdc/config.yaml.",
+)
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Overrides log.level.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Overrides log.format.")
+@click.version_option(version("table-cdc"), prog_name="cdc")
+@click.pass_context
+def main(context: click.Context, path: Path | None, log_level: str | None, log_format: str | None) -> None:
+    """Change data capture for PostgreSQL tables."""
+    set_up_logging(log_level or "info", log_format or "text")
+    context.obj = App(lambda: configuration.find(path, os.environ), os.environ, log_level, log_format)
+
+
+for _command in (check, demo, migrate, run, status):
+    main.add_command(_command)

@@ -1,0 +1,28 @@
+"""cdc run: the daemon."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from cdc.cli.app import App, pass_app
+from cdc.cli.migrate import migrate_all
+from cdc.daemon import Daemon
+
+
+@click.command()
+@click.option("--migrate", "first_migrate", is_flag=True, help="Make the databases equal to the YAML first.")
+@click.option("--until-idle", is_flag=True, help="End once all that was committed before the start is delivered.")
+@pass_app
+def run(app: App, first_migrate: bool, until_idle: bool) -> None:
+    """Deliver changes to the sinks until stopped.
+
+    SIGTERM or SIGINT finishes and acknowledges what is in flight; a second one ends at once.
+    """
+    with app.places() as places:
+        if first_migrate and migrate_all(app, places, list(places)):
+            sys.exit(1)
+        daemon = Daemon(app.config, {name: place.dsn for name, place in places.items()})
+        daemon.handle_signals()
+        daemon.run(until_idle=until_idle)

@@ -1,0 +1,236 @@
+"""The daemon: one listener and one thread per sink for every database, until told to stop.
+
+Starting fails fast: every database is tried once, and a reason no waiting mends (not migrated, no right, a standby) ends
+the start. A database that cannot be reached is waited for as long as another one can be served. From then on everything
+heals by itself and says so in the log.
+
+Stopping: the first signal drains (each pipeline finishes and acknowledges the batch in its hands), the second one ends
+the process at once; what was not acknowledged is delivered again by the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from cdc import installer, outbox
+from cdc.config import Config, DatabaseConfig
+from cdc.connection import Connection
+from cdc.errors import CdcError, DatabaseError, DatabaseUnreachable, NotInstalled
+from cdc.event import Event
+from cdc.formats import FORMATS
+from cdc.listener import Bell, Listener
+from cdc.pipeline import Pipeline
+from cdc.sinks import create
+
+log = logging.getLogger(__name__)
+
+IDLE_CHECK_INTERVAL = 0.05
+HOUSEKEEPING = (1.0, 300.0)
+"""Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
+
+
+@dataclass(slots=True)
+class _Database:
+    """What runs for one database."""
+
+    name: str
+    dsn: str
+    options: DatabaseConfig
+    sinks: dict[str, str]
+    listener: Listener | None = None
+    pipelines: Sequence[Pipeline] = ()
+    target: str | None = None
+    """Where ``--until-idle`` is to get to: the position at the start."""
+
+
+class Daemon:
+    """Everything that runs for one configuration."""
+
+    def __init__(
+        self,
+        config: Config,
+        dsns: Mapping[str, str],
+        *,
+        on_delivered: Callable[[str, Sequence[Event]], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            config: the whole configuration.
+            dsns: database name → how to reach it.
+            on_delivered: told the sink's name and the events, after each delivery, in the pipeline's thread.
+        """
+        self._config = config
+        self._on_delivered = on_delivered
+        self._stop = threading.Event()
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._threads: list[threading.Thread] = []
+        self._databases = [
+            _Database(name, dsns[name], options, installer.sinks_of(config, name))
+            for name, options in config.databases.items()
+        ]
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self, *, until_idle: bool = False) -> None:
+        """Serve until stopped, or until everything committed before the start is delivered.
+
+        Raises:
+            DatabaseUnreachable: no database could be reached at the start (with until_idle: not all of them).
+            CdcError: a database cannot be served, or every sink has stopped for good.
+        """
+        unreachable: list[str] = []
+        for database in self._databases:
+            try:
+                self._prepare(database)
+            except DatabaseUnreachable as error:
+                unreachable.append(f"{database.name}: {error}")
+            except CdcError as error:
+                raise type(error)(f"{database.name}: {error}") from None
+        if unreachable and (until_idle or len(unreachable) == len(self._databases)):
+            raise DatabaseUnreachable("; ".join(unreachable))
+        for line in unreachable:
+            log.warning("A database cannot be reached; waiting for it.", extra={"fields": {"error": line}})
+        for database in self._databases:
+            self._start(database)
+        try:
+            if until_idle:
+                self._wait_until_idle()
+            else:
+                self._wait()
+        finally:
+            self.stop()
+            self._join()
+
+    def stop(self) -> None:
+        """Begin to drain; returns at once. May be called from any thread, and from a signal handler."""
+        self._stop.set()
+        for database in self._databases:
+            for pipeline in database.pipelines:
+                pipeline.interrupt()
+            if database.listener is not None:
+                database.listener.stop()
+
+    def handle_signals(self) -> None:
+        """Let SIGTERM and SIGINT drain, and end the process when they come again."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if self._stop.is_set():
+                log.warning("Second signal: ending now.")
+                os._exit(128 + number)
+            log.info("Draining; a second signal ends at once.", extra={"fields": {"signal": signal.Signals(number).name}})
+            self.stop()
+
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+
+    def _prepare(self, database: _Database) -> None:
+        """Look whether a database can be served, and make its sinks known to it."""
+        with Connection(database.dsn, purpose="start") as connection:
+            check_revision(connection)
+            for sink, start in database.sinks.items():
+                if outbox.register_sink(connection, sink, start=start):
+                    log.info("A new sink begins.", extra={"fields": {"database": database.name, "sink": sink, "start": start}})
+            database.target = outbox.current_snapshot(connection)
+
+    def _start(self, database: _Database) -> None:
+        bell = Bell(database.options.notify)
+        if database.options.notify != "off":
+            database.listener = Listener(
+                database.dsn, database=database.name, channel=database.options.channel, bell=bell, stop=self._stop
+            )
+        database.pipelines = [self._pipeline(database, name, bell) for name in database.sinks]
+        housekeeper = threading.Thread(
+            target=self._keep_house, args=(database,), name=f"{database.name}/housekeeper", daemon=True
+        )
+        for thread in (database.listener, *database.pipelines, housekeeper):
+            if thread is not None:
+                self._threads.append(thread)
+                thread.start()
+
+    def _pipeline(self, database: _Database, name: str, bell: Bell) -> Pipeline:
+        options = self._config.sinks[name]
+        told = self._on_delivered
+        return Pipeline(
+            database.dsn,
+            database=database.name,
+            sink=create(name, options, FORMATS[options.format]),
+            bell=bell,
+            stop=self._stop,
+            owner=self._owner,
+            on_delivered=(lambda events: told(name, events)) if told else None,
+        )
+
+    # -- waiting ------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        # A timeout, because a wait without one cannot be interrupted by a signal handler on every platform.
+        while not self._stop.wait(1.0):
+            self._check_alive()
+
+    def _wait_until_idle(self) -> None:
+        for database in self._databases:
+            while database.sinks and not self._stop.is_set():
+                try:
+                    with Connection(database.dsn, purpose="until-idle") as connection:
+                        while self._is_behind(database, connection) and not self._stop.wait(IDLE_CHECK_INTERVAL):
+                            self._check_alive()
+                    break
+                except DatabaseUnreachable:
+                    self._stop.wait(1.0)
+
+    def _is_behind(self, database: _Database, connection: Connection) -> bool:
+        behind = outbox.sinks_behind(connection, list(database.sinks), database.target or "")
+        stopped = [p for p in database.pipelines if p.sink in behind and p.stopped_because]
+        if stopped:
+            raise CdcError(f"{stopped[0].name}: {stopped[0].stopped_because}")
+        return bool(behind)
+
+    def _check_alive(self) -> None:
+        """Raise when no pipeline is left that could deliver anything."""
+        pipelines = [pipeline for database in self._databases for pipeline in database.pipelines]
+        if pipelines and not any(pipeline.is_alive() for pipeline in pipelines):
+            raise CdcError("; ".join(f"{p.name}: {p.stopped_because or 'ended'}" for p in pipelines))
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _keep_house(self, database: _Database) -> None:
+        """Give the outbox's space back, now and then, for as long as the daemon runs."""
+        shortest, longest = HOUSEKEEPING
+        pause = min(max(database.options.retention / 10, shortest), longest)
+        while not self._stop.wait(pause):
+            try:
+                with Connection(database.dsn, purpose="housekeeper") as connection:
+                    done = outbox.rotate(connection, database.options.retention)
+            except DatabaseError as error:
+                log.warning(
+                    "The outbox could not be tidied up.",
+                    extra={"fields": {"database": database.name, "error": str(error)}},
+                )
+            else:
+                if done:
+                    log.info(
+                        "The outbox was tidied up.",
+                        extra={"fields": {"database": database.name, "done": ",".join(done)}},
+                    )
+
+
+def check_revision(connection: Connection) -> None:
+    """Whether this program and the database's schema belong together.
+
+    Raises:
+        NotInstalled: no schema, or one of another revision.
+    """
+    installed, wanted = installer.installed_revision(connection), installer.head()
+    if installed is None:
+        raise NotInstalled("cdc is not installed in this database (run `cdc migrate`)")
+    if installed != wanted:
+        raise NotInstalled(f"schema cdc is at revision {installed}, this program needs {wanted} (run `cdc migrate`)")

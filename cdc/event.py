@@ -1,0 +1,247 @@
+"""The wire model: what one change looks like to everybody outside the database.
+
+An :class:`Event` is validated by pydantic, strict and frozen. The images of the row (`key`, `before`, `after`)
+are kept as PostgreSQL wrote them: a float-based JSON parser turns 12345678901234567890.123 into
+12345678901234567000, so the text travels untouched from the trigger to the sink and is parsed, exactly, only
+when somebody looks inside (:class:`Image`).
+
+The native format is the one of the contract: one JSON object, its fields in a fixed order, no line breaks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import StrEnum
+from json.decoder import scanstring
+from json.encoder import encode_basestring as quote
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+_decoder = json.JSONDecoder(parse_float=Decimal)
+_WHITESPACE = " \t\n\r"
+
+
+class Op(StrEnum):
+    """What happened to the row; ``read`` is an existing row, delivered by a backfill."""
+
+    INSERT = "insert"
+    UPDATE = "update"
+    DELETE = "delete"
+    TRUNCATE = "truncate"
+    READ = "read"
+
+
+def split_object(text: str) -> dict[str, str]:
+    """Split a JSON object into its members, each value left as the text it was written in.
+
+    Raises:
+        ValueError: `text` is not exactly one JSON object, or is nested too deeply to read.
+    """
+    members: dict[str, str] = {}
+    try:
+        position = _skip(text, 0)
+        if text[position] != "{":
+            raise ValueError("not a JSON object")
+        position = _skip(text, position + 1)
+        while text[position] != "}":
+            if members:
+                position = _skip(text, _expect(text, position, ","))
+            name, position = scanstring(text, _expect(text, position, '"'))
+            start = _skip(text, _expect(text, _skip(text, position), ":"))
+            _, end = _decoder.raw_decode(text, start)
+            members[name] = text[start:end]
+            position = _skip(text, end)
+        if _skip(text, position + 1) != len(text):
+            raise ValueError("text after the JSON object")
+    except IndexError:
+        raise ValueError("the JSON object ends too early") from None
+    except RecursionError:
+        raise ValueError("the JSON object is nested too deeply") from None
+    return members
+
+
+def join_object(members: Mapping[str, str]) -> str:
+    """The inverse of :func:`split_object`."""
+    return "{" + ",".join(f"{quote(name)}:{value}" for name, value in members.items()) + "}"
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _WHITESPACE:
+        position += 1
+    return position
+
+
+def _expect(text: str, position: int, character: str) -> int:
+    if text[position] != character:
+        raise ValueError(f"{character!r} expected at character {position}")
+    return position + 1
+
+
+class Json:
+    """One JSON value, kept as the text it was written in.
+
+    Attributes:
+        raw: the JSON text.
+    """
+
+    __slots__ = ("_value", "raw")
+
+    def __init__(self, raw: str) -> None:
+        self.raw = raw
+
+    @property
+    def value(self) -> Any:
+        """The parsed value: whole numbers as ``int``, all other numbers as ``Decimal``, digit for digit."""
+        try:
+            return self._value
+        except AttributeError:
+            self._value = _decoder.decode(self.raw)
+            return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return self.value == (other.value if isinstance(other, Json) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.raw)
+
+    def __repr__(self) -> str:
+        # Row values stay out of logs and tracebacks.
+        return f"<{type(self).__name__} of {len(self.raw)} characters>"
+
+    @classmethod
+    def _validate(cls, value: object) -> Json:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        raise ValueError("JSON text expected")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls._validate)
+
+
+class Image(Json, Mapping[str, Any]):
+    """A row, or part of one: a read-only mapping from column name to value."""
+
+    __slots__ = ()
+
+    @classmethod
+    def _validate(cls, value: object) -> Json:
+        # Cheap on purpose: PostgreSQL's json type has vouched for what stands between the braces.
+        if isinstance(value, str) and not (value.startswith("{") and value.endswith("}")):
+            raise ValueError("a JSON object expected")
+        return super()._validate(value)
+
+    def __getitem__(self, column: str) -> Any:
+        return self.value[column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __hash__(self) -> int:
+        return hash(self.raw)
+
+    __eq__ = Json.__eq__
+    __repr__ = Json.__repr__
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
+
+
+class Source(_Model):
+    """Where and when a change happened."""
+
+    database: str
+    """The database's name in the configuration."""
+    schema_name: str = Field(alias="schema")
+    table: str
+    seq: int
+    """The event's number in the outbox of its database; grows per key, has gaps."""
+    txid: int
+    """The top-level transaction the change was part of."""
+    ts: AwareDatetime
+    """When the trigger recorded the change, by the server's clock, in microseconds."""
+
+
+class Event(_Model):
+    """One change, as delivered.
+
+    `before` and `after` hold only the changed columns of an update under ``image: diff``, and whole rows
+    otherwise; an insert has no `before`, a delete no `after`, a truncate neither. `id` is the same on every
+    attempt and is never used twice: receivers de-duplicate by it.
+    """
+
+    version: Literal[1] = 1
+    id: str
+    op: Op
+    source: Source
+    key: Image | None
+    before: Image | None
+    after: Image | None
+    changed: tuple[str, ...] | None
+    context: Json | None
+    truncated: bool = False
+    """True when the images did not fit and were left out."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Event:
+        """Read an event in the native format: a line of a file, a webhook body, a notification.
+
+        Raises:
+            ValueError: not a JSON object, or not an event (pydantic's ValidationError is a ValueError).
+        """
+        members = split_object(text)
+        fields: dict[str, Any] = {}
+        for name, raw in members.items():
+            if name in ("key", "before", "after"):
+                fields[name] = None if raw == "null" else Image(join_object(split_object(raw)))
+            elif name == "context":
+                fields[name] = None if raw == "null" else Json(raw)
+            else:
+                fields[name] = _decoder.decode(raw)
+        if isinstance(source := fields.get("source"), dict) and isinstance(source.get("ts"), str):
+            source["ts"] = datetime.fromisoformat(source["ts"])
+        if isinstance(fields.get("changed"), list):
+            fields["changed"] = tuple(fields["changed"])
+        if isinstance(fields.get("op"), str):
+            fields["op"] = Op(fields["op"])
+        return cls.model_validate(fields)
+
+    def to_json(self) -> str:
+        """The event in the native format: one line, fields in the contract's order, every digit kept."""
+        source = self.source
+        changed = "null" if self.changed is None else "[" + ",".join(map(quote, self.changed)) + "]"
+        return (
+            f'{{"version":1,"id":{quote(self.id)},"op":"{self.op.value}",'
+            f'"source":{{"database":{quote(source.database)},"schema":{quote(source.schema_name)},'
+            f'"table":{quote(source.table)},"seq":{source.seq},"txid":{source.txid},'
+            f'"ts":"{format_timestamp(source.ts)}"}},'
+            f'"key":{_raw(self.key)},"before":{_raw(self.before)},"after":{_raw(self.after)},'
+            f'"changed":{changed},"context":{_raw(self.context)}'
+            + (',"truncated":true}' if self.truncated else "}")
+        )
+
+
+def format_timestamp(moment: datetime) -> str:
+    """A moment in UTC as the contract writes it: ``2026-11-22T08:01:02.123456Z``."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _raw(value: Json | None) -> str:
+    if value is None:
+        return "null"
+    # A column of type json keeps the line breaks it was written with. Inside a JSON string a raw line break is
+    # illegal, so every one found here is white space between tokens, and one event stays one line.
+    return value.raw.replace("\n", " ").replace("\r", " ")

@@ -1,0 +1,267 @@
+"""One pipeline per database and sink: read → filter → deliver → retry → set aside → acknowledge.
+
+Guarantees, given that the outbox hands out each key's events in order and repeats what was not acknowledged:
+
+* an event is acknowledged only after the sink has returned from delivering it, or after it was stored as a dead
+  letter, or when the sink's configuration does not want it;
+* while an event is being retried nothing later of its key is delivered. After a partial failure the rest of the
+  batch goes again from the first failed event of each failed key, even where the sink had taken a later one;
+* a sink that is slow, down or broken holds back nobody else: the thread, the connection and the position are its own.
+
+States, as `cdc status` shows them::
+
+    waiting ──owner lock──▶ running ◀──────────▶ retrying        (transient failure, for ever)
+       ▲                       │
+       └── connection lost ────┴──▶ stopped                      (disabled, or a permanent failure under `stop`)
+
+On each failure: no connection, or a lost one: reconnect with back-off and read the same window again. Fenced (another
+daemon took over): forget everything and wait for the lock. An exception nobody expected: logged with its traceback,
+treated as transient. A stop request ends waits and retries; what was delivered until then is acknowledged.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cdc.connection import Connection
+from cdc.errors import (
+    CdcError,
+    DatabaseError,
+    DatabaseUnreachable,
+    DeliveryError,
+    Fenced,
+    PartialFailure,
+    PermanentFailure,
+    SinkDisabled,
+    TransientFailure,
+)
+from cdc.event import Event
+from cdc.listener import Bell, Sleeper
+from cdc.options import SinkOptions
+from cdc.outbox import Batch, Outbox, Unreadable
+from cdc.retry import keep_alive, retrying
+from cdc.sinks.base import Sink
+
+log = logging.getLogger(__name__)
+
+STANDBY_INTERVAL = 2.0
+"""Seconds between tries to take a sink that another daemon serves."""
+
+
+class Pipeline(threading.Thread):
+    """The thread that serves one sink from one database.
+
+    Attributes:
+        database, sink: their names in the configuration.
+        state: as in the head of this module.
+        stopped_because: why the pipeline has ended by itself, or None.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        database: str,
+        sink: Sink[Any],
+        bell: Bell,
+        stop: threading.Event,
+        owner: str,
+        on_delivered: Callable[[Sequence[Event]], None] | None = None,
+    ) -> None:
+        super().__init__(name=f"{database}/{sink.name}", daemon=True)
+        self.database = database
+        self.sink = sink.name
+        self.state = "waiting"
+        self.stopped_because: str | None = None
+        self._dsn = dsn
+        self._sink = sink
+        self._options: SinkOptions = sink.options
+        self._bell = bell
+        self._stop_event = stop
+        self._owner = owner
+        self._on_delivered = on_delivered
+        self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
+
+    def run(self) -> None:
+        try:
+            keep_alive(self._serve, CdcError, maximum=10.0, stop=self._stop_event, before_sleep=self._lost)
+        finally:
+            self._bell.leave(self._sleeper)
+            self._sink.close()
+
+    def interrupt(self) -> None:
+        """End the current wait, so that a stop request is noticed."""
+        self._sleeper.woken.set()
+
+    # -- one connection's life ----------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Serve the sink over one connection, until stopped or disabled; raises what ends the connection's use."""
+        with Connection(self._dsn, purpose=self.sink) as connection:
+            outbox = Outbox(connection, database=self.database, sink=self.sink, owner=self._owner)
+            while not outbox.claim(start=self._options.start):
+                self.state = "waiting"
+                if self._stop_event.wait(STANDBY_INTERVAL):
+                    return
+            log.info("Serving.", extra=self._fields(owner=self._owner))
+            self._become(outbox, "running")
+            self._bell.join(self._sleeper)
+            try:
+                self._guarded(outbox, self._sink.open)
+                self._loop(outbox)
+            except SinkDisabled as error:
+                self.stopped_because = str(error)
+                self._become(outbox, "stopped", str(error))
+                log.error("The sink is stopped.", extra=self._fields(error=str(error)))
+            except Fenced:
+                self.state = "waiting"
+                raise
+            finally:
+                self._bell.leave(self._sleeper)
+
+    def _loop(self, outbox: Outbox) -> None:
+        limits = self._options.batch
+        acked: int | None = None
+        while not self._stop_event.is_set():
+            self._bell.looking(self._sleeper)
+            batch = outbox.next_batch(acked, events=limits.events, bytes_=limits.bytes)
+            if batch is None:
+                acked = None
+                self._bell.rest(self._sleeper)
+                continue
+            self._bell.found(self._sleeper, full=batch.full)
+            if not self._process(outbox, batch):
+                return
+            acked = batch.last_seq
+            if not batch.full:
+                self._bell.pace(self._sleeper)
+        if acked is not None:
+            outbox.acknowledge(acked)
+
+    def _process(self, outbox: Outbox, batch: Batch) -> bool:
+        """Get a batch off our hands; False when stopped before all of it was."""
+        for event in batch.events:
+            if isinstance(event, Unreadable):
+                self._set_aside(outbox, event, event.reason)
+        wanted = [event for event in batch.events if isinstance(event, Event) and self._wants(event)]
+        while wanted:
+            try:
+                wanted = self._guarded(outbox, self._attempt, outbox, wanted)
+            except TransientFailure:
+                return False
+        return True
+
+    def _wants(self, event: Event) -> bool:
+        source = event.source
+        return self._options.wants(source.database, source.schema_name, source.table, event.op.value)
+
+    # -- delivery -----------------------------------------------------------------------------------------------
+
+    def _guarded(self, outbox: Outbox, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something with the sink, as often as it takes; raises TransientFailure only when told to stop."""
+
+        def failed(error: BaseException, wait: float) -> None:
+            if self.state != "retrying":
+                log.warning("The sink fails; retrying.", extra=self._fields(error=str(error), retry_in=round(wait, 1)))
+            self._become(outbox, "retrying", str(error))
+
+        def attempt() -> Any:
+            try:
+                return action(*arguments)
+            except (DeliveryError, DatabaseError):
+                raise
+            except Exception as error:
+                log.exception("The sink raised what it should not; retrying.", extra=self._fields())
+                raise TransientFailure(f"unexpected {type(error).__name__}") from None
+
+        options = self._options.retry
+        attempts = retrying(
+            TransientFailure, initial=options.initial, maximum=options.max, stop=self._stop_event, before_sleep=failed
+        )
+        result = attempts(attempt)
+        if self.state == "retrying":
+            log.info("The sink works again.", extra=self._fields())
+            self._become(outbox, "running")
+        return result
+
+    def _attempt(self, outbox: Outbox, batch: list[Event]) -> list[Event]:
+        """Deliver what can be delivered of a batch.
+
+        Returns:
+            What must be delivered again, in order.
+
+        Raises:
+            TransientFailure: nothing was delivered; SinkDisabled; DatabaseError.
+        """
+        try:
+            self._sink.deliver(batch)
+        except PermanentFailure as error:
+            if len(batch) > 1:
+                # One of them is the culprit; each goes alone, the rest of the batch after it.
+                first, rest = batch[:1], batch[1:]
+                return self._attempt(outbox, first) + rest
+            self._give_up(outbox, batch[0], error)
+        except PartialFailure as error:
+            return self._sort_out(outbox, batch, error)
+        else:
+            if self._on_delivered:
+                self._on_delivered(batch)
+        return []
+
+    def _sort_out(self, outbox: Outbox, batch: list[Event], error: PartialFailure) -> list[Event]:
+        held: set[tuple[str, str, str]] = set()
+        again: list[Event] = []
+        transient: TransientFailure | None = None
+        for index, event in enumerate(batch):
+            failure = error.failures.get(index)
+            if isinstance(failure, PermanentFailure):
+                self._give_up(outbox, event, failure)
+                continue
+            if isinstance(failure, TransientFailure):
+                transient = failure
+                held.add(_lane(event))
+            if _lane(event) in held:
+                again.append(event)
+            elif self._on_delivered:
+                self._on_delivered([event])
+        if transient is not None and len(again) == len(batch):
+            raise transient  # nothing moved: wait before the next attempt
+        if transient is not None:
+            # Something moved, so this is progress; the failed ones wait their turn in the next attempt.
+            log.warning("Part of a batch failed; delivering the rest again.", extra=self._fields(events=len(again)))
+        return again
+
+    def _give_up(self, outbox: Outbox, event: Event, error: PermanentFailure) -> None:
+        if self._options.on_permanent_failure == "stop":
+            raise SinkDisabled(f"event {event.id} can never be delivered: {error}")
+        self._set_aside(outbox, event, str(error))
+
+    def _set_aside(self, outbox: Outbox, event: Event | Unreadable, reason: str) -> None:
+        outbox.add_dead_letter(event, reason)
+        log.error("An event became a dead letter.", extra=self._fields(event_id=event.id, error=reason))
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def _become(self, outbox: Outbox, state: str, error: str | None = None) -> None:
+        if state == self.state and error is None:
+            return
+        self.state = state
+        outbox.set_state(state, error)
+
+    def _lost(self, error: BaseException, wait: float) -> None:
+        level = logging.WARNING if isinstance(error, DatabaseUnreachable | Fenced) else logging.ERROR
+        self.state = "waiting"
+        log.log(
+            level, "The pipeline is interrupted.", extra=self._fields(error=str(error), retry_in=round(wait, 1))
+        )
+
+    def _fields(self, **fields: object) -> dict[str, object]:
+        return {"fields": {"database": self.database, "sink": self.sink, **fields}}
+
+
+def _lane(event: Event) -> tuple[str, str, str]:
+    """What must stay in order: one key of one table; without a key, the whole table."""
+    return (event.source.schema_name, event.source.table, event.key.raw if event.key else "")

