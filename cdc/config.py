@@ -168,9 +168,7 @@ def _keyword_parts(dsn: str) -> dict[str, str]:
             parts = {}
             break
         at = found.end()
-        parts[found[1]] = re.sub(
-            r"\\(.)", r"\1", found[2] if found[2] is not None else found[3], flags=re.DOTALL
-        )
+        parts[found[1]] = re.sub(r"\\(.)", r"\1", found[2] if found[2] is not None else found[3], flags=re.DOTALL)
     if not parts:
         raise ValueError(
             "not a connection string (write postgresql://user@host/dbname, host=… dbname=…, or embedded:DIR)"
@@ -298,9 +296,7 @@ class DatabaseConfig(StrictModel):
     """
 
     dsn: Dsn | None = None
-    dsn_file: Annotated[DsnFile, BeforeValidator(_read_dsn_file)] | None = Field(
-        default=None, validate_default=True
-    )
+    dsn_file: Annotated[DsnFile, BeforeValidator(_read_dsn_file)] | None = Field(default=None, validate_default=True)
     migrate_dsn: Dsn | None = None
     tables: dict[TablePattern, Annotated[TableConfig, BeforeValidator(_all_defaults)]] = Field(min_length=1)
     notify: Literal["adaptive", "always", "off"] = "adaptive"
@@ -533,9 +529,7 @@ def _read(path: Path, tree: _Tree) -> dict[str, object]:
         reason = error.strerror or "unknown reason"
         raise _ReadError(f"cannot be read: {reason} (name a file this user may read)") from None
     if len(content) > MAX_BYTES:
-        raise _ReadError(
-            f"larger than {MAX_BYTES // 1024} KiB (a configuration is far smaller; is it this file?)"
-        )
+        raise _ReadError(f"larger than {MAX_BYTES // 1024} KiB (a configuration is far smaller; is it this file?)")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -624,9 +618,7 @@ class _Reader:
             self._tree.places.setdefault(here, _place(event))
             is_text = isinstance(event, ScalarEvent) and self._tag(event) == "str"
             if not is_text and here not in self._tree.settled:
-                self._tree.settle(
-                    here, "a key that is not text (write text, in quotes if it looks like a number)"
-                )
+                self._tree.settle(here, "a key that is not text (write text, in quotes if it looks like a number)")
             mapping[key] = self._value(next(events), here, events)
         return mapping
 
@@ -745,9 +737,7 @@ def _expand(value: object, path: _Path, environ: Mapping[str, str], tree: _Tree)
             return environ[name]
         if default is not None:
             return default
-        tree.settle(
-            path, f"${{{name}}} is not set (set the environment variable, or write ${{{name}:-default}})"
-        )
+        tree.settle(path, f"${{{name}}} is not set (set the environment variable, or write ${{{name}:-default}})")
         return _BROKEN
 
     text = _VARIABLE.sub(replace, value)
@@ -773,11 +763,10 @@ def _validate(data: object, sink_types: Mapping[str, type[SinkOptions]], tree: _
         missing = detail["loc"][-1:] if detail["type"] == "missing" else ()
         path = ()
         for part in detail["loc"][: -1 if missing else None]:
-            # Where the location leaves the file ("[key]", a field left at its default, a branch of a union)
+            # What is not in the file ("[key]", a field left at its default, a branch of a union) is left out:
             # the finding belongs to the innermost place somebody wrote.
-            if (*path, part) not in tree.places:
-                break
-            path = (*path, part)
+            if (*path, part) in tree.places:
+                path = (*path, part)
         if path in tree.settled:
             continue
         message = _in_words(detail, path, data, sink_types)
@@ -850,9 +839,7 @@ _RANGES: Final = {
 }
 
 
-def _in_words(
-    detail: ErrorDetails, path: _Path, data: object, sink_types: Mapping[str, type[SinkOptions]]
-) -> str:
+def _in_words(detail: ErrorDetails, path: _Path, data: object, sink_types: Mapping[str, type[SinkOptions]]) -> str:
     """One pydantic error as ``what is wrong (what would be right)``, without its value and without jargon."""
     kind, context, value = detail["type"], detail.get("ctx", {}), _at(data, path)
     message = ""

@@ -31,7 +31,7 @@ QUERY_DEADLINE = 30.0
 # Timeouts a role may carry would end an idle LISTEN session or a long page; a position must be on disk once committed.
 _SETTINGS = (
     "set synchronous_commit = on; set statement_timeout = 0; set lock_timeout = 0; "
-    "set idle_in_transaction_session_timeout = 0; set idle_session_timeout = 0; set timezone = 'UTC'"
+    "set idle_in_transaction_session_timeout = 0; set idle_session_timeout = 0; set timezone = 'UTC'; set jit = off"
 )
 
 _SQLSTATE_FENCED = "CDC01"
@@ -101,7 +101,9 @@ class Connection:
         try:
             self.execute(_SETTINGS)
             if read_write and self.query("select pg_is_in_recovery()")[0][0]:
-                raise NotPrimary("the server is a standby (let dsn name the primary, or add target_session_attrs=read-write)")
+                raise NotPrimary(
+                    "the server is a standby (let dsn name the primary, or add target_session_attrs=read-write)"
+                )
         except BaseException:
             self.close()
             raise
@@ -149,6 +151,10 @@ class Connection:
         arrived = [(note.channel, note.payload) for note in self._session.notifies]
         self._session.notifies.clear()
         return arrived
+
+    def wait_forever(self) -> None:
+        """Lift the deadline until the next call that sets one: for work whose waiting the server bounds."""
+        self._session.expires = None
 
     def fileno(self) -> int:
         """The socket, for ``select``."""

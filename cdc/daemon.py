@@ -124,7 +124,9 @@ class Daemon:
             if self._stop.is_set():
                 log.warning("Second signal: ending now.")
                 os._exit(128 + number)
-            log.info("Draining; a second signal ends at once.", extra={"fields": {"signal": signal.Signals(number).name}})
+            log.info(
+                "Draining; a second signal ends at once.", extra={"fields": {"signal": signal.Signals(number).name}}
+            )
             self.stop()
 
         signal.signal(signal.SIGTERM, on_signal)
@@ -136,7 +138,10 @@ class Daemon:
             check_revision(connection)
             for sink, start in database.sinks.items():
                 if outbox.register_sink(connection, sink, start=start):
-                    log.info("A new sink begins.", extra={"fields": {"database": database.name, "sink": sink, "start": start}})
+                    log.info(
+                        "A new sink begins.",
+                        extra={"fields": {"database": database.name, "sink": sink, "start": start}},
+                    )
             database.target = outbox.current_snapshot(connection)
 
     def _start(self, database: _Database) -> None:

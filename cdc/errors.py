@@ -1,19 +1,19 @@
 """Every error cdc raises on purpose, drawn once.
 
-    CdcError
-    ├── ConfigError            the YAML is wrong; every finding at once
-    ├── InstallError           a database could not be migrated; nothing was changed there
-    ├── EmbeddedError          the private PostgreSQL could not be started
-    ├── DatabaseError          a database call failed
-    │   ├── DatabaseUnreachable    no connection, a lost one, or no answer in time; a new connection may heal it
-    │   ├── NotPrimary             connected, but to a standby
-    │   ├── NotInstalled           connected, but the cdc schema is missing or of another revision
-    │   └── Fenced                 another daemon has taken this pipeline over
-    └── DeliveryError          a sink could not take an event
-        ├── TransientFailure       worth retrying
-        ├── PermanentFailure       never worth retrying; the failure policy decides
-        ├── PartialFailure         some events of the batch failed, the others are delivered
-        └── SinkDisabled           the sink will take nothing more until somebody steps in
+CdcError
+├── ConfigError            the YAML is wrong; every finding at once
+├── InstallError           a database could not be migrated; nothing was changed there
+├── EmbeddedError          the private PostgreSQL could not be started
+├── DatabaseError          a database call failed
+│   ├── DatabaseUnreachable    no connection, a lost one, or no answer in time; a new connection may heal it
+│   ├── NotPrimary             connected, but to a standby
+│   ├── NotInstalled           connected, but the cdc schema is missing or of another revision
+│   └── Fenced                 another daemon has taken this pipeline over
+└── DeliveryError          a sink could not take an event
+    ├── TransientFailure       worth retrying
+    ├── PermanentFailure       never worth retrying; the failure policy decides
+    ├── PartialFailure         some events of the batch failed, the others are delivered
+    └── SinkDisabled           the sink will take nothing more until somebody steps in
 """
 
 from __future__ import annotations

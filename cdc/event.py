@@ -11,19 +11,23 @@ The native format is the one of the contract: one JSON object, its fields in a f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
-from json.decoder import scanstring
-from json.encoder import encode_basestring as quote
+from json.decoder import scanstring  # type: ignore[attr-defined]  # C speed; typeshed leaves it out
+from json.encoder import encode_basestring
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+quote = encode_basestring
+"""A text as a JSON string, non-ASCII characters as they are."""
+
 _decoder = json.JSONDecoder(parse_float=Decimal)
-_WHITESPACE = " \t\n\r"
+_WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Op(StrEnum):
@@ -65,15 +69,31 @@ def split_object(text: str) -> dict[str, str]:
     return members
 
 
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+_FLAT_MEMBER = re.compile(rf'"([^"\\]*)":({_STRING}|[^",{{}}\[\]]+)[,}}]')
+
+
+def split_row(text: str) -> dict[str, str]:
+    """:func:`split_object` for text that PostgreSQL wrote: several times faster on rows without nested values.
+
+    Raises:
+        ValueError: `text` is not a JSON object.
+    """
+    members = _FLAT_MEMBER.findall(text)
+    # Each member stands in the text with two quotes, a colon and a comma or brace; the brace before it all makes one
+    # more. Where the sum differs something was skipped: a nested value, an escape in a name, white space.
+    if sum([len(name) + len(value) for name, value in members]) + 4 * len(members) + 1 == len(text):
+        return dict(members)
+    return split_object(text)
+
+
 def join_object(members: Mapping[str, str]) -> str:
     """The inverse of :func:`split_object`."""
-    return "{" + ",".join(f"{quote(name)}:{value}" for name, value in members.items()) + "}"
+    return "{" + ",".join([f"{quote(name)}:{value}" for name, value in members.items()]) + "}"
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _WHITESPACE:
-        position += 1
-    return position
+    return _WHITESPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty text too
 
 
 def _expect(text: str, position: int, character: str) -> int:
@@ -91,6 +111,8 @@ class Json:
 
     __slots__ = ("_value", "raw")
 
+    _value: Any
+
     def __init__(self, raw: str) -> None:
         self.raw = raw
 
@@ -104,7 +126,7 @@ class Json:
             return self._value
 
     def __eq__(self, other: object) -> bool:
-        return self.value == (other.value if isinstance(other, Json) else other)
+        return bool(self.value == (other.value if isinstance(other, Json) else other))
 
     def __hash__(self) -> int:
         return hash(self.raw)
@@ -229,8 +251,7 @@ class Event(_Model):
             f'"table":{quote(source.table)},"seq":{source.seq},"txid":{source.txid},'
             f'"ts":"{format_timestamp(source.ts)}"}},'
             f'"key":{_raw(self.key)},"before":{_raw(self.before)},"after":{_raw(self.after)},'
-            f'"changed":{changed},"context":{_raw(self.context)}'
-            + (',"truncated":true}' if self.truncated else "}")
+            f'"changed":{changed},"context":{_raw(self.context)}' + (',"truncated":true}' if self.truncated else "}")
         )
 
 

@@ -79,6 +79,8 @@ def migrate(
     reader_dsn: str,
     sinks: Mapping[str, str],
     on_wait: Callable[[str], None] = log.info,
+    upgrade: Callable[[SqlConnection], None] | None = None,
+    triggers: bool = True,
 ) -> list[Change]:
     """Make one database equal to the configuration.
 
@@ -89,6 +91,8 @@ def migrate(
         reader_dsn: how the daemon reaches it; its role is granted cdc_reader.
         sinks: the sinks fed from it, with where each starts (``now`` or ``earliest``).
         on_wait: told why an attempt came to nothing, before the next.
+        upgrade: moves the schema; None: to head.
+        triggers: go on to triggers and positions, if the schema is at head then.
 
     Returns:
         What changed, with a line for every captured table.
@@ -101,7 +105,16 @@ def migrate(
         with Connection(dsn, purpose="migrate") as connection, Connection(dsn, purpose="migrate watch") as watch:
             try:
                 with _transaction(connection) as transaction:
-                    return _migrate(transaction, connection, name, database, reader_dsn, sinks)
+                    return _migrate(
+                        transaction,
+                        connection,
+                        name,
+                        database,
+                        reader_dsn=reader_dsn,
+                        sinks=sinks,
+                        upgrade=upgrade,
+                        triggers=triggers,
+                    )
             except (psycopg2.Error, DBAPIError, DatabaseError) as raised:
                 error = raised.orig if isinstance(raised, DBAPIError) else raised
                 if isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected | pg.QueryCanceled):
@@ -124,21 +137,31 @@ def _migrate(
     connection: Connection,
     name: str,
     database: DatabaseConfig,
+    *,
     reader_dsn: str,
     sinks: Mapping[str, str],
+    upgrade: Callable[[SqlConnection], None] | None,
+    triggers: bool,
 ) -> list[Change]:
     with connection.raw.cursor() as cursor:
         cursor.execute("select set_config('lock_timeout', %s, true)", (f"{LOCK_TIMEOUT:g}s",))
         # Two migrations at once would only trip over each other.
         cursor.execute("select pg_advisory_xact_lock(6513765, 1)")
-    changes = _upgrade(transaction)
+    before = _revision(transaction)
+    (upgrade or upgrade_to_head)(transaction)
+    after = _revision(transaction)
+    changes = [] if before == after else [Change("schema cdc", f"revision {before or 'none'} → {after or 'none'}")]
+    if after != head() or not triggers:
+        return changes
     with connection.raw.cursor() as cursor:
         cursor.execute("update cdc.installation set database_name = %s where database_name <> %s", (name, name))
         changes += reconcile(cursor, database)
         for sink, start in sinks.items():
             cursor.execute(QUERIES["register_sink"], {"sink": sink, "start": start})
             if cursor.fetchall():
-                changes.append(Change(f"sink {sink}", f"starts {'here' if start == 'now' else 'at the earliest event'}"))
+                changes.append(
+                    Change(f"sink {sink}", f"starts {'here' if start == 'now' else 'at the earliest event'}")
+                )
         changes += _grant_reader(cursor, ext.parse_dsn(reader_dsn).get("user"))
     return changes
 
@@ -147,7 +170,7 @@ def _migrate(
 def _transaction(connection: Connection) -> Iterator[SqlConnection]:
     """A transaction on our session that SQLAlchemy, and so Alembic, can work in; committed at the end."""
     connection.raw.autocommit = False
-    setattr(connection.raw, "expires", None)  # waiting for locks is bounded by lock_timeout
+    connection.wait_forever()  # waiting for locks is bounded by lock_timeout
     engine = create_engine("postgresql+psycopg2://", creator=lambda: connection.raw, poolclass=NullPool)
     sql_connection = engine.connect()
     try:
@@ -169,11 +192,9 @@ def alembic_config(**attributes: object) -> AlembicConfig:
     return config
 
 
-def _upgrade(transaction: SqlConnection) -> list[Change]:
-    before = _revision(transaction)
+def upgrade_to_head(transaction: SqlConnection) -> None:
+    """Run our revisions, in-process, inside the caller's transaction."""
     command.upgrade(alembic_config(connection=transaction), "head")
-    after = _revision(transaction)
-    return [] if before == after else [Change("schema cdc", f"revision {before or 'none'} → {after}")]
 
 
 def _revision(transaction: SqlConnection) -> str | None:
@@ -285,7 +306,9 @@ def _in_the_way(watch: Connection) -> str:
     rows = watch.query(QUERIES["in_the_way"])
     if not rows:
         return "whoever held it has ended meanwhile"
-    return "; ".join(f"{table} is in use by pid {pid} ({who}, {state}, for {age:.0f} s)" for table, pid, who, state, age in rows)
+    return "; ".join(
+        f"{table} is in use by pid {pid} ({who}, {state}, for {age:.0f} s)" for table, pid, who, state, age in rows
+    )
 
 
 # -- drift ------------------------------------------------------------------------------------------------------

@@ -349,3 +349,21 @@ class Listener(threading.Thread):
 
 
 _SELF_TEST = "cdc self-test "
+
+
+def hears_itself(connection: Connection, channel: str) -> bool:
+    """Whether a notification of this session's own comes back to it within `SELF_TEST_DEADLINE`, for `cdc check`.
+
+    Raises:
+        DatabaseError: see :meth:`cdc.connection.Connection.query`.
+    """
+    nonce = f"{_SELF_TEST}{uuid.uuid4()}"
+    connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)).as_string(connection.raw))
+    connection.query(QUERIES["ring_self"], {"channel": channel, "nonce": nonce})
+    deadline = time.monotonic() + SELF_TEST_DEADLINE
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
+    while nonce not in {payload for _, payload in connection.notifications()}:
+        if (left := deadline - time.monotonic()) <= 0 or not poller.poll(left * 1000):
+            return False
+    return True

@@ -182,9 +182,7 @@ def _parts(pattern: str) -> tuple[_Part, _Part]:
         if dots == 0:
             raise ValueError("a table without a schema (write public.orders)")
         if dots > 1:
-            raise ValueError(
-                'more than one dot (write schema.table; quote a dot in a name: public."weird.name")'
-            )
+            raise ValueError('more than one dot (write schema.table; quote a dot in a name: public."weird.name")')
         raise ValueError(
             "not a table pattern (write public.orders, with * and ? for any characters; "
             'quote a name with others: public."weird name")'

@@ -8,13 +8,13 @@ the writer does not pay for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
 from cdc.connection import Connection
-from cdc.event import Event, Json, Op, join_object, quote, split_object
+from cdc.event import Event, Json, Op, join_object, quote, split_row
 from cdc.sql import QUERIES
 
 _OPS = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE}
@@ -120,9 +120,7 @@ class Outbox:
 
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""
-        self._connection.execute(
-            QUERIES["acknowledge"], {"sink": self._sink, "epoch": self._epoch, "acked": acked}
-        )
+        self._connection.execute(QUERIES["acknowledge"], {"sink": self._sink, "epoch": self._epoch, "acked": acked})
 
     def set_state(self, state: str, error: str | None = None) -> None:
         """Say what the sink is doing, for `cdc status`. Raises as :meth:`next_batch`, except Fenced."""
@@ -142,11 +140,20 @@ class Outbox:
 
     def _decode(self, row: tuple[Any, ...]) -> Event | Unreadable:
         seq, txid, at, table_id, op, old, new, context = row
-        event_id = f"{self._database}-{seq}-{''.join(c for c in at if c.isdigit())}"
+        event_id = f"{self._database}-{seq}-{at.translate(_DIGITS_ONLY)}"
         try:
             table = self._table(table_id)
             truncated = op.isupper()
-            before, after, changed = (None, None, None) if truncated else images(op, old, new, table.image)
+            was = split_row(old) if old is not None else None
+            is_ = split_row(new) if new is not None else None
+            if truncated:
+                before, after, changed = None, None, None
+            elif op == "u" and was is not None and is_ is not None:
+                before, after, changed = difference(was, is_)
+                if table.image == "full":
+                    before, after = old, new
+            else:
+                before, after, changed = old, new, None
             return Event.model_validate(
                 {
                     "id": event_id,
@@ -159,7 +166,7 @@ class Outbox:
                         "txid": int(txid),
                         "ts": datetime.fromisoformat(at),
                     },
-                    "key": self._key(table, new or old),
+                    "key": self._key(table, is_ or was),
                     "before": before,
                     "after": after,
                     "changed": changed,
@@ -170,7 +177,8 @@ class Outbox:
         except (ValueError, LookupError) as error:
             # pydantic's own text would quote the row.
             reason = f"not a valid event: {type(error).__name__}"
-            return Unreadable(event_id, seq, f'{{"seq":{seq},"old_row":{old or "null"},"new_row":{new or "null"}}}', reason)
+            text = f'{{"seq":{seq},"old_row":{old or "null"},"new_row":{new or "null"}}}'
+            return Unreadable(event_id, seq, text, reason)
 
     def _table(self, table_id: int) -> CapturedTable:
         if table_id not in self._tables:
@@ -180,40 +188,29 @@ class Outbox:
             }
         return self._tables[table_id]
 
-    def _key(self, table: CapturedTable, image: str | None) -> str | None:
+    def _key(self, table: CapturedTable, image: Mapping[str, str] | None) -> str | None:
         if table.key is None or image is None:
             return None
-        members = split_object(image)
         columns: Sequence[str] = table.key
-        if any(column not in members for column in columns):
+        if any(column not in image for column in columns):
             # A key column was renamed since the trigger was made: what the catalogue says now is the best there is.
             columns = self._connection.query(QUERIES["primary_key"], {"relation": table.relation})[0][0] or ()
-            if not columns or any(column not in members for column in columns):
+            if not columns or any(column not in image for column in columns):
                 return None
-        return join_object({column: members[column] for column in columns})
+        return join_object({column: image[column] for column in columns})
 
 
-def images(
-    op: str, old: str | None, new: str | None, image: Literal["diff", "full"]
-) -> tuple[str | None, str | None, tuple[str, ...] | None]:
-    """What an event shows of the outbox's two images: before, after and the changed columns.
+_DIGITS_ONLY = str.maketrans("", "", "-:.TZ")
+
+
+def difference(was: Mapping[str, str], is_: Mapping[str, str]) -> tuple[str, str, tuple[str, ...]]:
+    """What two images of one row differ in: the columns before, after, and their names.
 
     Columns are compared as text, the way PostgreSQL wrote them: what looks the same is the same.
-
-    Raises:
-        ValueError: an image is not a JSON object.
     """
-    if op != "u" or old is None or new is None:
-        return old, new, None
-    was, is_ = split_object(old), split_object(new)
-    changed = tuple(name for name, value in is_.items() if was.get(name) != value)
-    if image == "full":
-        return old, new, changed
-    return (
-        join_object({name: was[name] for name in changed if name in was}),
-        join_object({name: is_[name] for name in changed}),
-        changed,
-    )
+    changed = tuple([name for name, value in is_.items() if was.get(name) != value])
+    before = join_object({name: was[name] for name in changed if name in was})
+    return before, join_object({name: is_[name] for name in changed}), changed
 
 
 def as_json(context: str | None) -> Json | None:
@@ -258,3 +255,92 @@ def rotate(connection: Connection, retention: float) -> list[str]:
     """
     return list(connection.query(QUERIES["rotate"], {"retention": retention})[0][0])
 
+
+# -- for people -------------------------------------------------------------------------------------------------
+
+PENDING_CAP = 100_000
+"""Pending events are counted up to here."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkStatus:
+    """Where one sink of one database stands, as the database knows it.
+
+    Attributes:
+        state: what its last pipeline said of itself; see the head of :mod:`cdc.pipeline`.
+        served: whether a daemon serves it now.
+        pending: events not delivered yet, those it will filter out included; at most `PENDING_CAP`.
+        capped: whether there are more than that.
+        lag: seconds since the oldest pending event was recorded; 0 when nothing is pending.
+        dead_letters: events set aside.
+    """
+
+    name: str
+    state: str
+    owner: str | None
+    last_error: str | None
+    last_error_at: datetime | None
+    delivered_at: datetime | None
+    served: bool
+    pending: int
+    capped: bool
+    lag: float
+    dead_letters: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTransaction:
+    """A transaction that has written and not ended: nobody has its changes yet, and retention waits for it.
+
+    Attributes:
+        pid: its server process; None for a prepared one.
+        prepared: the name it was prepared under, or None.
+        state: ``active``, ``idle in transaction``, …; empty where our role may not see it.
+        database: where it is; perhaps another database of the same cluster.
+        age: seconds since it began; None where our role may not see it.
+    """
+
+    pid: int | None
+    prepared: str | None
+    application: str
+    state: str
+    database: str
+    age: float | None
+
+
+def sink_statuses(connection: Connection) -> list[SinkStatus]:
+    """Every sink this database knows, by name. Raises as :func:`register_sink`."""
+    return [
+        SinkStatus(
+            name=name,
+            state=state,
+            owner=owner,
+            last_error=last_error,
+            last_error_at=last_error_at,
+            delivered_at=delivered_at,
+            served=served,
+            pending=min(pending, PENDING_CAP),
+            capped=pending > PENDING_CAP,
+            lag=max(lag or 0.0, 0.0),
+            dead_letters=dead_letters,
+        )
+        for name, state, owner, last_error, last_error_at, delivered_at, served, pending, lag, dead_letters in (
+            connection.query(QUERIES["sink_status"])
+        )
+    ]
+
+
+def oldest_writer(connection: Connection) -> OpenTransaction | None:
+    """The writing transaction that has been open for longest. Raises as :func:`register_sink`."""
+    rows = connection.query(QUERIES["oldest_writer"])
+    return OpenTransaction(*rows[0]) if rows else None
+
+
+def size(connection: Connection) -> int:
+    """Bytes of the outbox on disk, indexes included. Raises as :func:`register_sink`."""
+    return int(connection.query(QUERIES["outbox_bytes"])[0][0])
+
+
+def is_armed(connection: Connection) -> bool:
+    """Whether a listener asks writers to ring. Raises as :func:`register_sink`."""
+    return bool(connection.query(QUERIES["armed"])[0][0])

@@ -254,9 +254,7 @@ class Pipeline(threading.Thread):
     def _lost(self, error: BaseException, wait: float) -> None:
         level = logging.WARNING if isinstance(error, DatabaseUnreachable | Fenced) else logging.ERROR
         self.state = "waiting"
-        log.log(
-            level, "The pipeline is interrupted.", extra=self._fields(error=str(error), retry_in=round(wait, 1))
-        )
+        log.log(level, "The pipeline is interrupted.", extra=self._fields(error=str(error), retry_in=round(wait, 1)))
 
     def _fields(self, **fields: object) -> dict[str, object]:
         return {"fields": {"database": self.database, "sink": self.sink, **fields}}

@@ -88,7 +88,8 @@ def keep_alive(
 
     while not stop.is_set():
         try:
-            return retrying(errors, initial=initial, maximum=maximum, stop=stop, before_sleep=before_sleep)(timed)
+            retrying(errors, initial=initial, maximum=maximum, stop=stop, before_sleep=before_sleep)(timed)
+            return
         except _Lasted as lasted:
             before_sleep(lasted.error, initial)
             stop.wait(initial)

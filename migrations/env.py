@@ -11,6 +11,7 @@ The revision is kept in ``cdc.alembic_version``: the database may have an ``alem
 
 from __future__ import annotations
 
+import psycopg2
 from alembic import context
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
@@ -25,7 +26,7 @@ def run(connection: Connection) -> None:
 
 def run_dsn(dsn: str) -> None:
     """Migrate one database in a transaction of its own."""
-    engine = create_engine(dsn.replace("postgres://", "postgresql://", 1), poolclass=NullPool)
+    engine = create_engine("postgresql+psycopg2://", creator=lambda: psycopg2.connect(dsn), poolclass=NullPool)
     with engine.begin() as connection:
         run(connection)
 
@@ -39,7 +40,9 @@ def main() -> None:
     elif "config" in arguments:
         from cdc.cli.alembic import migrate_with_alembic
 
-        migrate_with_alembic(arguments["config"], arguments.get("database"), run)
+        # `alembic current` and its like move nothing, and so must not touch a trigger either.
+        moves = "destination_rev" in context._proxy.context_opts
+        migrate_with_alembic(arguments["config"], arguments.get("database"), run, triggers=moves)
     else:
         raise SystemExit("alembic: say which databases: -x config=config.yaml, or -x dsn=postgresql://…")
 

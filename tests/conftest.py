@@ -19,7 +19,10 @@ import psycopg2
 import pytest
 from psycopg2 import sql
 from psycopg2.extensions import connection, cursor, make_dsn
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
 
+from cdc import installer
 from cdc.embedded import EmbeddedServer, start
 
 # Crash safety costs a small test most of its time, and few tests are about it; those run their own server.
@@ -95,7 +98,26 @@ def database(server: Server) -> Iterator[str]:
     server.drop_database(name)
 
 
-# make_migrated goes here: databases with the cdc schema, copied from a template made once per session.
+@pytest.fixture(scope="session")
+def template(server: Server) -> Iterator[str]:
+    """The name of a database with schema cdc, to be copied."""
+    name = f"template_{uuid.uuid4().hex[:12]}"
+    dsn = server.create_database(name)
+    engine = create_engine("postgresql+psycopg2://", creator=lambda: psycopg2.connect(dsn), poolclass=NullPool)
+    with engine.begin() as connection:
+        installer.upgrade_to_head(connection)
+        connection.exec_driver_sql("update cdc.installation set database_name = 'shop'")
+    engine.dispose()
+    yield name
+    server.drop_database(name)
+
+
+@pytest.fixture
+def installed(server: Server, template: str) -> Iterator[str]:
+    """The dsn of a database with schema cdc and nothing captured yet; it is called shop."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    yield server.create_database(name, template)
+    server.drop_database(name)
 
 
 @pytest.fixture

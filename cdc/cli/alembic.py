@@ -1,4 +1,4 @@
-"""What migrations/env.py calls for ``alembic -x config=…``: the same migration, driven by Alembic."""
+"""What migrations/env.py calls for ``alembic -x config=…``: `cdc migrate`, with Alembic's own command in the middle."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import click
-from alembic import context
 from sqlalchemy import Connection as SqlConnection
-from sqlalchemy import create_engine
-from sqlalchemy.pool import NullPool
 
 from cdc.cli.app import App
 from cdc.cli.migrate import migrate_all
+from cdc.errors import CdcError
 
 
-def migrate_with_alembic(path: str, database: str | None, run: Callable[[SqlConnection], None]) -> None:
-    """Carry Alembic's command out on the databases of a configuration file.
+def migrate_with_alembic(
+    path: str, database: str | None, run: Callable[[SqlConnection], None], *, triggers: bool
+) -> None:
+    """Carry Alembic's command out on the databases of a configuration file; at head, make the triggers equal to it.
 
     Args:
         path: the YAML file.
         database: only this one; None: all.
         run: runs Alembic's command on a connection.
+        triggers: whether the command moves the schema, so that the triggers are to follow.
+
+    Raises:
+        SystemExit: a database was left as it was, or the file is wrong; the reasons are on stderr.
     """
-    app = App(lambda: Path(path), os.environ, None, None)
-    names = app.select((database,) if database else ())
-    with app.places() as places:
-        if context.get_head_revision() == context.get_revision_argument() or context.get_revision_argument() == "head":
-            if migrate_all(app, places, names):
-                raise click.exceptions.Exit(1)
-            return
-        for name in names:
-            engine = create_engine(places[name].migrate_dsn, poolclass=NullPool)
-            with engine.begin() as connection:
-                run(connection)
+    try:
+        app = App(lambda: Path(path), os.environ, None, None)
+        names = app.select((database,) if database else ())
+        with app.places() as places:
+            failed = migrate_all(app, places, names, upgrade=run, triggers=triggers)
+    except CdcError as error:
+        raise SystemExit(f"error: {error}") from None
+    if failed:
+        raise SystemExit(1)

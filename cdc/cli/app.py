@@ -56,7 +56,9 @@ class App:
         """
         known = list(self.config.databases)
         if unknown := [name for name in names if name not in known]:
-            raise ConfigError([f"no database {name} in the configuration (known: {', '.join(known)})" for name in unknown])
+            raise ConfigError(
+                [f"no database {name} in the configuration (known: {', '.join(known)})" for name in unknown]
+            )
         return list(names) or known
 
     @contextmanager

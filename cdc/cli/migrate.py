@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import click
+from sqlalchemy import Connection as SqlConnection
 
 from cdc import installer
 from cdc.cli.app import App, Place, pass_app
@@ -28,7 +30,15 @@ def migrate(app: App, names: tuple[str, ...], as_json: bool) -> None:
         sys.exit(1)
 
 
-def migrate_all(app: App, places: dict[str, Place], names: list[str], *, as_json: bool = False) -> dict[str, str]:
+def migrate_all(
+    app: App,
+    places: dict[str, Place],
+    names: list[str],
+    *,
+    as_json: bool = False,
+    upgrade: Callable[[SqlConnection], None] | None = None,
+    triggers: bool = True,
+) -> dict[str, str]:
     """Migrate these databases, saying on stdout what changed and on stderr what failed.
 
     Returns:
@@ -45,6 +55,8 @@ def migrate_all(app: App, places: dict[str, Place], names: list[str], *, as_json
                 reader_dsn=places[name].dsn,
                 sinks=installer.sinks_of(app.config, name),
                 on_wait=lambda line: click.echo(line, err=True),
+                upgrade=upgrade,
+                triggers=triggers,
             )
         except CdcError as error:
             failed[name] = str(error)
@@ -58,5 +70,7 @@ def migrate_all(app: App, places: dict[str, Place], names: list[str], *, as_json
     for name, reason in failed.items():
         click.echo(f"error: {name}: {reason}", err=True)
     if failed and len(names) > 1:
-        click.echo(f"{len(names) - len(failed)} of {len(names)} databases migrated; failed: {', '.join(failed)}", err=True)
+        click.echo(
+            f"{len(names) - len(failed)} of {len(names)} databases migrated; failed: {', '.join(failed)}", err=True
+        )
     return failed

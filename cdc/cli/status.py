@@ -1,4 +1,141 @@
+"""cdc status: where every database and sink stands, and what holds delivery back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+
 import click
+from rich.console import Console
+from rich.table import Table
+
+from cdc import diagnosis
+from cdc.cli.app import App, pass_app
+from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain
+from cdc.diagnosis import DatabaseStatus, SinkLine
+from cdc.outbox import OpenTransaction
+
+RECENT = 900.0
+"""Seconds for which the last error of a sink that runs again is shown."""
+LONG_OPEN = 5.0
+"""Seconds after which an open transaction is worth a line."""
+
+_STYLES = {"running": "green", "waiting": "cyan", "new": "cyan", "unknown": "yellow"}
+_BAD = "bold red"
+_COLUMNS = ("database", "sink", "state", "pending", "lag", "last delivery", "dead letters", "owner")
+_NUMBERS = ("pending", "lag", "last delivery", "dead letters")
+
+
 @click.command()
-def status() -> None:
-    pass
+@click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help='{"databases": {DB: {"state", …, "sinks": {SINK: {…}}}}}')
+@pass_app
+def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
+    """Show every sink's state, pending events and lag, and what holds delivery back.
+
+    A sink is running, retrying, stopped or waiting as its daemon says; down: no daemon serves it; new: it has no position
+    yet; unknown: the configuration no longer has it. Exit code 69 when a database cannot be reached.
+    """
+    selected = app.select(names)
+    with app.places() as places:
+        databases = diagnosis.status(app.config, selected, {name: place.dsn for name, place in places.items()})
+    if as_json:
+        shape = {"databases": {name: database.to_json() for name, database in databases.items()}}
+        click.echo(json.dumps(shape, ensure_ascii=False, indent=2))
+    else:
+        _show(databases, console(), datetime.now(UTC))
+    if any(database.state == "unreachable" for database in databases.values()):
+        sys.exit(EXIT_UNREACHABLE)
+
+
+def _show(databases: Mapping[str, DatabaseStatus], out: Console, now: datetime) -> None:
+    rows = [(name, sink, line) for name, database in databases.items() for sink, line in database.sinks.items()]
+    if rows:
+        _print_table(rows, out, now)
+        out.print()
+    for name, database in databases.items():
+        bad = database.state != "ok" or bool(database.drift or database.problems)
+        out.print(plain(f"{name}: {_summary(database)}", _BAD if bad else ""))
+        for note in _notes(name, database, now):
+            out.print(plain(f"{name}: {note}"))
+
+
+def _print_table(rows: list[tuple[str, str, SinkLine]], out: Console, now: datetime) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold" if out.is_terminal else "")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    for name, sink, line in rows:
+        detail = line.detail
+        cells = ["-", "-", "never", "0", "-"]
+        if detail is not None:
+            cells = [
+                f"{detail.pending}+" if detail.capped else str(detail.pending),
+                age(detail.lag),
+                f"{age((now - detail.delivered_at).total_seconds())} ago" if detail.delivered_at else "never",
+                str(detail.dead_letters),
+                detail.owner or "-",
+            ]
+        state = plain(line.state, _STYLES.get(line.state, _BAD))
+        table.add_row(plain(name), plain(sink), state, *(plain(cell) for cell in cells))
+    if out.is_terminal:
+        out.print(table)
+        return
+    # Rich fills the last column up; in a pipe that is rubbish at the end of the line.
+    with out.capture() as capture:
+        out.print(table)
+    for text in capture.get().splitlines():
+        out.print(plain(text.rstrip()))
+
+
+def _summary(database: DatabaseStatus) -> str:
+    if database.state != "ok":
+        return f"{database.state}: {database.error}"
+    parts = [
+        f"revision {database.revision}",
+        "armed" if database.armed else "not armed",
+        f"outbox {byte_size(database.outbox_bytes or 0)}",
+        f"{database.drift} of the triggers differ (run cdc check)" if database.drift else "no drift",
+    ]
+    return ", ".join(parts)
+
+
+def _notes(name: str, database: DatabaseStatus, now: datetime) -> Iterator[str]:
+    """What somebody should know, one sentence each."""
+    yield from database.problems
+    oldest = database.oldest_transaction
+    if oldest is not None and (oldest.age is None or oldest.age > LONG_OPEN):
+        yield _open_transaction(oldest)
+    for sink, line in database.sinks.items():
+        text = _about(line, now)
+        if text:
+            yield f"{sink}: {text}"
+
+
+def _about(line: SinkLine, now: datetime) -> str | None:
+    detail = line.detail
+    if detail is None:
+        return "new: it has no position yet and gets one from cdc migrate or cdc run"
+    error = ""
+    if detail.last_error and detail.last_error_at:
+        since = (now - detail.last_error_at).total_seconds()
+        if line.state != "running" or since < RECENT:
+            error = f"last error {age(since)} ago: {detail.last_error}"
+    explained = {
+        "down": "down: no daemon serves it (start cdc run)",
+        "stopped": "stopped: it takes nothing more (mend the cause, then restart cdc run)",
+        "unknown": "unknown: the configuration no longer has it, and its position keeps the outbox from being given back "
+        "(cdc sinks forget, if it is not coming back)",
+    }.get(line.state, line.state if error and line.state != "running" else "")
+    return "; ".join(filter(None, (explained, error))) or None
+
+
+def _open_transaction(oldest: OpenTransaction) -> str:
+    who = f"prepared as {oldest.prepared!r}" if oldest.prepared else f"pid {oldest.pid}"
+    details = [f"database {oldest.database}", *filter(None, (oldest.application, oldest.state))]
+    since = "age not visible to this role" if oldest.age is None else f"open for {age(oldest.age)}"
+    return (
+        f"oldest open transaction: {who} ({', '.join(details)}), {since}; until it ends its changes are not delivered and "
+        "the outbox is not given back"
+    )

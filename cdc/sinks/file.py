@@ -62,9 +62,7 @@ class FileSink(Sink[FileOptions]):
 
     Options = FileOptions
 
-    def __init__(
-        self, name: str, options: FileOptions, encode: Callable[[Event], str] = Event.to_json
-    ) -> None:
+    def __init__(self, name: str, options: FileOptions, encode: Callable[[Event], str] = Event.to_json) -> None:
         super().__init__(name, options, encode)
         self._files: OrderedDict[str, _LineFile] = OrderedDict()
 

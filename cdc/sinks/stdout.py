@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Literal, TextIO
+from typing import Literal
 
 from cdc.errors import SinkDisabled, TransientFailure
 from cdc.event import Event
@@ -22,14 +22,11 @@ class StdoutSink(Sink[StdoutOptions]):
     """Writes each event as one line to standard output and flushes before it acknowledges."""
 
     Options = StdoutOptions
-    stream: TextIO | None = None
-    """Where to write instead; for tests and the demo."""
 
     def deliver(self, batch: Sequence[Event]) -> None:
-        stream = self.stream or sys.stdout
         try:
-            stream.write("".join(self.encode(event) + "\n" for event in batch))
-            stream.flush()
+            sys.stdout.write("".join(self.encode(event) + "\n" for event in batch))
+            sys.stdout.flush()
         except BrokenPipeError:
             raise SinkDisabled("standard output is closed (the program reading it has ended)") from None
         except OSError as error:

@@ -168,3 +168,83 @@ select distinct on (a.pid) l.relation::regclass::text, a.pid, coalesce(nullif(a.
    and a.application_name not like 'cdc migrate%%'
  order by a.pid, a.xact_start
  limit 5;
+
+-- name: oldest_writer
+-- What may hold delivery or retention back: the open transaction that has held a transaction id for longest, in any
+-- database of the cluster (snapshots know them all), prepared ones included. Its age is null where our role may not see it.
+select w.pid, w.prepared, w.application, w.state, w.database, w.age
+  from (select a.pid, null::text as prepared, coalesce(a.application_name, '') as application,
+               coalesce(a.state, '') as state, a.datname::text as database,
+               extract(epoch from clock_timestamp() - a.xact_start)::float8 as age, age(a.backend_xid) as since
+          from pg_catalog.pg_stat_activity a
+         where a.backend_xid is not null and a.pid <> pg_backend_pid()
+        union all
+        select null, p.gid, '', 'prepared', p.database::text,
+               extract(epoch from clock_timestamp() - p.prepared)::float8, age(p.transaction)
+          from pg_catalog.pg_prepared_xacts p) w
+ order by w.since desc
+ limit 1;
+
+-- name: server_facts
+-- What `cdc check` wants to know of a server: all of it readable by anybody.
+select current_setting('server_version'), current_setting('server_encoding'), current_user::text,
+       current_setting('max_prepared_transactions')::integer, pg_notification_queue_usage(),
+       pg_has_role(current_user, 'pg_read_all_stats', 'usage');
+
+-- name: same_place
+-- Which database of which cluster this is.
+select c.system_identifier, d.oid::bigint
+  from pg_catalog.pg_control_system() c, pg_catalog.pg_database d
+ where d.datname = current_database();
+
+-- name: replica_defaults
+-- Where session_replication_role is set to replica for more than one session: ordinary triggers do not fire there.
+select coalesce('role ' || r.rolname, 'every role') || case when d.datname is null then '' else ' in this database' end
+  from pg_catalog.pg_db_role_setting s
+  left join pg_catalog.pg_roles r on r.oid = s.setrole
+  left join pg_catalog.pg_database d on d.oid = s.setdatabase
+ where (s.setdatabase = 0 or d.datname = current_database())
+   and exists (select from unnest(s.setconfig) as c where lower(c) = 'session_replication_role=replica')
+union all
+select 'the whole server' from pg_catalog.pg_settings s
+ where s.name = 'session_replication_role' and s.setting = 'replica'
+   and s.source not in ('default', 'database', 'user', 'database user', 'client', 'session');
+
+-- name: missing_privileges
+-- What the daemon's role may not do of what it does; asked of the catalogue, so that lacking everything is no error.
+-- An object that is not there is no matter of privileges and left out. No row when schema cdc does not exist.
+select w.privilege, w.kind || ' cdc' || coalesce('.' || w.object, '')
+  from pg_catalog.pg_namespace n
+  cross join (values
+    ('usage', 'schema', null),
+    ('select', 'table', 'alembic_version'), ('select', 'table', 'installation'),
+    ('select', 'table', 'captured_table'), ('select', 'table', 'captured'),
+    ('select', 'table', 'event'),
+    ('select', 'table', 'event_0'), ('select', 'table', 'event_1'), ('select', 'table', 'event_2'),
+    ('truncate', 'table', 'event_0'), ('truncate', 'table', 'event_1'), ('truncate', 'table', 'event_2'),
+    ('select', 'sequence', 'event_seq'), ('update', 'sequence', 'event_seq'),
+    ('select', 'table', 'sink'), ('insert', 'table', 'sink'), ('update', 'table', 'sink'),
+    ('select', 'table', 'dead_letter'), ('insert', 'table', 'dead_letter'),
+    ('update', 'table', 'dead_letter'), ('delete', 'table', 'dead_letter'),
+    ('execute', 'function', 'next_batch'), ('execute', 'function', 'covers'), ('execute', 'function', 'rotate'),
+    ('execute', 'function', 'capture_plan')) as w (privilege, kind, object)
+  left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.object and w.kind in ('table', 'sequence')
+  left join pg_catalog.pg_proc p on p.pronamespace = n.oid and p.proname = w.object and w.kind = 'function'
+ where n.nspname = 'cdc'
+   and not case w.kind when 'schema' then has_schema_privilege(n.oid, w.privilege)
+                       when 'table' then has_table_privilege(c.oid, w.privilege)
+                       when 'sequence' then has_sequence_privilege(c.oid, w.privilege)
+                       else has_function_privilege(p.oid, w.privilege) end;
+
+-- name: candidate_keys
+-- Everything that could be named under `tables`, whether a glob may mean it, and whether it has a primary key.
+select n.nspname, c.relname, c.relkind in ('r', 'p') and c.relpersistence = 'p' and not c.relispartition,
+       exists (select from pg_catalog.pg_index i where i.indrelid = c.oid and i.indisprimary)
+  from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+ where c.relkind in ('r', 'p', 'v', 'm', 'f')
+   and n.nspname not in ('cdc', 'information_schema') and n.nspname not like 'pg\_%%'
+ order by n.nspname, c.relname;
+
+-- name: disabled_captures
+-- Captured tables one of whose triggers does not fire for ordinary writes.
+select schema_name || '.' || table_name from cdc.captured where not enabled;

@@ -334,9 +334,12 @@ returns table (seq bigint, txid xid8, captured_at text, captured_table integer, 
                old_row text, new_row text, context text)
 language plpgsql
 set search_path = pg_catalog, pg_temp
--- The children carry no statistics on purpose; every read here is meant to walk an index in its order.
+-- The children carry no statistics on purpose; every read here is meant to walk an index in its order, and the planner's
+-- idea of its cost must not talk it into compiling or parallel workers.
 set enable_seqscan = off
 set enable_bitmapscan = off
+set jit = off
+set max_parallel_workers_per_gather = 0
 as $$
 #variable_conflict use_column
 declare
@@ -480,6 +483,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
+set jit = off
 as $$
 declare
   drawn bigint;

@@ -11,9 +11,13 @@ _SQL = Path(__file__).parents[1] / "sql"
 
 
 def upgrade() -> None:
-    # psycopg2 would take a % for a parameter.
-    op.get_bind().exec_driver_sql((_SQL / "0001_foundation.up.sql").read_text(encoding="utf-8").replace("%", "%%"))
+    _run("0001_foundation.up.sql")
 
 
 def downgrade() -> None:
-    op.get_bind().exec_driver_sql((_SQL / "0001_foundation.down.sql").read_text(encoding="utf-8").replace("%", "%%"))
+    _run("0001_foundation.down.sql")
+
+
+def _run(script: str) -> None:
+    # psycopg2 would take a % for a parameter.
+    op.get_bind().exec_driver_sql((_SQL / script).read_text(encoding="utf-8").replace("%", "%%"))

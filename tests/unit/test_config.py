@@ -63,7 +63,8 @@ def findings(text: str | bytes, environ: Mapping[str, str] | None = None) -> lis
 
 def with_database(lines: str) -> str:
     """The smallest configuration with these lines as the body of its database."""
-    return f"databases:\n  shop:\n{textwrap.indent(textwrap.dedent(lines), '    ')}\nsinks:\n  out: {{type: stdout}}\n"
+    body = textwrap.indent(textwrap.dedent(lines), "    ")
+    return f"databases:\n  shop:\n{body}\nsinks:\n  out: {{type: stdout}}\n"
 
 
 def with_table(body: str) -> str:
@@ -124,9 +125,7 @@ def test_every_supported_table_key_arrives() -> None:
 
 
 def test_a_sink_is_read_by_the_model_its_type_names() -> None:
-    loaded = load(
-        with_sink("{type: file, path: ./x, batch: {bytes: 1MiB}, retry: {max: 1h}, databases: [shop]}")
-    )
+    loaded = load(with_sink("{type: file, path: ./x, batch: {bytes: 1MiB}, retry: {max: 1h}, databases: [shop]}"))
     assert loaded.sinks["out"] == FileOptions(
         type="file",
         path="./x",
@@ -246,6 +245,7 @@ def test_a_dsn_file_that_cannot_be_read_is_named_unless_it_is_a_dsn(name: str, c
         ("postgresql://cdc:CAN%40RY@[::1]:5/shop", "host=::1 port=5 dbname=shop"),
         ("postgresql://cdc:CANARY#@%2Fvar%2Frun/my%20shop", "host=/var/run dbname=my shop"),
         ("postgresql:///shop?host=/run&password=CANARY", "host=/run dbname=shop"),
+        ("postgresql://db1/shop?password=CAN@ARY", "host=db1 dbname=shop"),
         ("postgresql://", "libpq's default server"),
         ("host=db1 password=CANARY dbname=shop", "host=db1 dbname=shop"),
         (r"password = 'CAN \' ARY' host= db1", "host=db1"),
@@ -273,7 +273,7 @@ def test_an_embedded_server_is_described_by_its_directory() -> None:
         "postgresql://cdc:CAN/ARY@db1/shop",
         "postgresql://cdc:CAN@ARY@db1/shop",
         "postgresql://cdc:CAN?ARY@db1/shop",
-        "postgresql://db1/shop?password=CAN@ARY",
+        "postgresql://db1?password=CAN@ARY",
         "postgresql://cdc:CANARY%@db1/shop",
         "postgresql://cdc:CANARY@db1:x/shop",
         "postgresql://cdc:CAN ARY@db1/shop",
@@ -283,7 +283,7 @@ def test_an_embedded_server_is_described_by_its_directory() -> None:
         "host= password=CANARY",
         "host=cdc:CANARY@db1",
         "dbname='postgresql://cdc:CANARY@db1/shop'",
-        "embedded:",
+        "'embedded:'",
         '"embedded:a\\0CANARY"',
         "",
         "''",
@@ -343,9 +343,7 @@ def test_variables_are_replaced_in_lists_and_never_in_keys() -> None:
     assert loaded.databases["shop"].tables["public.orders"].key == ("order_no",)
 
 
-@pytest.mark.parametrize(
-    "wrong", ["${", "${NAME", "${}", "${1}", "${NA-ME}", "${NAME-x}", "${A:-${B}}", "x${ y}"]
-)
+@pytest.mark.parametrize("wrong", ["${", "${NAME", "${}", "${1}", "${NA-ME}", "${NAME-x}", "${A:-${B}}", "x${ y}"])
 def test_a_malformed_variable_is_an_error_that_does_not_show_the_value(wrong: str) -> None:
     text = with_database(f"dsn: host=db1\nchannel: 'CANARY{wrong}'\ntables: {{public.orders: }}")
     assert findings(text)[0] == (
@@ -418,9 +416,7 @@ def test_no_sentence_of_the_yaml_parser_reaches_the_user() -> None:
             assert finding.endswith(")")
 
 
-@pytest.mark.parametrize(
-    ("path", "reason"), [("gone.yaml", "No such file or directory"), (".", "Is a directory")]
-)
+@pytest.mark.parametrize(("path", "reason"), [("gone.yaml", "No such file or directory"), (".", "Is a directory")])
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(path: str, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(Path(path), SINKS, {})
@@ -428,7 +424,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(path: str, reason: 
 
 
 def test_a_byte_order_mark_is_no_error() -> None:
-    assert load(b"\xef\xbb\xbf" + SMALLEST.strip().encode())
+    assert load(b"\xef\xbb\xbf" + SMALLEST.strip().encode()) == load(SMALLEST)
 
 
 # -- what is wrong in a file that can be read --
@@ -547,8 +543,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "lists that are empty or repeat themselves": (
         with_table("{ops: [], key: [a, a]}").replace("{type: stdout}", "{type: stdout, ops: [read, read]}"),
         [
-            "databases.shop.tables.public.orders.ops: "
-            "an empty list (write at least one entry, or leave the key out)",
+            "databases.shop.tables.public.orders.ops: an empty list (write at least one entry, or leave the key out)",
             "databases.shop.tables.public.orders.key: lists the same entry twice (keep one)",
             "sinks.out.ops: lists the same entry twice (keep one)",
         ],
@@ -596,13 +591,10 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "anchors, aliases and merges": (
-        with_database("dsn: &dsn host=db1\nmigrate_dsn: *dsn\ntables: *t").replace(
-            "stdout}", "stdout, <<: *o}"
-        ),
+        with_database("dsn: &dsn host=db1\nmigrate_dsn: *dsn\ntables: *t").replace("stdout}", "stdout, <<: *o}"),
         [
             "databases.shop.dsn: a YAML anchor (remove it; a value that begins with & needs quotes)",
-            "databases.shop.migrate_dsn: "
-            "a YAML alias (write the value out; a pattern that begins with * needs quotes)",
+            "databases.shop.migrate_dsn: a YAML alias (write the value out; a pattern that begins with * needs quotes)",
             "databases.shop.tables: a YAML alias (write the value out; a pattern that begins with * needs quotes)",
             "sinks.out.<<: a key that is not text (write text, in quotes if it looks like a number)",
             "sinks.out.<<: a YAML alias (write the value out; a pattern that begins with * needs quotes)",
@@ -610,10 +602,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     ),
     "a pattern that begins with a star and lacks quotes": (
         with_sink("{type: stdout, tables: [*.orders]}"),
-        [
-            "sinks.out.tables[0]: "
-            "a YAML alias (write the value out; a pattern that begins with * needs quotes)"
-        ],
+        ["sinks.out.tables[0]: a YAML alias (write the value out; a pattern that begins with * needs quotes)"],
     ),
     "tags": (
         with_database("dsn: !secret host=db1\ntables: !!map {public.orders: }"),
@@ -636,8 +625,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "variables that are not set": (
         with_database("dsn: postgresql://${DB_USER}:${DB_PASSWORD}@db1/shop\ntables: {public.orders: }"),
         [
-            f"databases.shop.dsn: ${{{name}}} is not set "
-            f"(set the environment variable, or write ${{{name}:-default}})"
+            f"databases.shop.dsn: ${{{name}}} is not set (set the environment variable, or write ${{{name}:-default}})"
             for name in ("DB_USER", "DB_PASSWORD")
         ],
     ),
@@ -646,7 +634,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ["sinks.out.batch.events: found text (expected a whole number; what ${NAME} gives is always text)"],
     ),
     "a connection string in the place of a name": (
-        "databases:\n  postgresql://cdc:CANARY@db1/shop: {dsn: host=a, tables: {a.b: }}\nsinks: {out: {type: stdout}}",
+        SMALLEST.replace("shop:", "postgresql://cdc:CANARY@db1/shop:"),
         ["databases.***: not a usable name (a letter, then letters, digits, _ or -, at most 63 in all)"],
     ),
     "a key of several lines": (
@@ -721,9 +709,7 @@ def test_unknown_keys_of_a_sink_s_own_nested_model_find_their_neighbour() -> Non
         tls: TlsOptions | None = None
 
     Path("c.yaml").write_text(with_sink("{type: secure, tls: {certifcate: x}}"))
-    with pytest.raises(
-        ConfigError, match=r"sinks\.out\.tls\.certifcate: unknown key \(did you mean certificate\?\)"
-    ):
+    with pytest.raises(ConfigError, match=r"sinks\.out\.tls\.certifcate: unknown key \(did you mean certificate\?\)"):
         config.load(Path("c.yaml"), {"secure": SecureOptions}, {})
 
 
@@ -772,7 +758,10 @@ def test_no_secret_is_in_the_repr_of_a_configuration() -> None:
     Path("x.dsn").chmod(0o600)
     text = """\
         databases:
-          a: {dsn: "postgresql://u:${SECRET}@db1/a", migrate_dsn: "host=db1 password=${SECRET}", tables: {a.b: }}
+          a:
+            dsn: postgresql://u:${SECRET}@db1/a
+            migrate_dsn: host=db1 password=${SECRET}
+            tables: {a.b: }
           b: {dsn_file: x.dsn, tables: {a.b: }}
         sinks:
           out: {type: stdout}
@@ -817,8 +806,8 @@ def test_what_is_refused_may_be_written_when_it_says_nothing(nothing: str) -> No
     assert load(with_table(nothing)).databases["shop"].tables["public.orders"] == TableConfig()
 
 
-# The block of the contract, to the letter but for the quotes its last variable needs: inside { } YAML takes the
-# brace of an unquoted ${ for one of its own.
+# The block of the contract, to the letter but for the quotes its last variable needs: inside { } YAML takes
+# the brace of an unquoted ${ for one of its own.
 CONTRACT = """\
 databases:
   shop:
@@ -905,9 +894,7 @@ def test_the_example_loads_and_shows_the_defaults() -> None:
     assert loaded.log == LogConfig()
     audit = loaded.sinks["audit"]
     assert audit.databases == tuple(loaded.databases)
-    assert audit.model_copy(update={"databases": None}) == FileOptions(
-        type="file", path="./out/{table}.jsonl"
-    )
+    assert audit.model_copy(update={"databases": None}) == FileOptions(type="file", path="./out/{table}.jsonl")
     assert loaded.sinks["console"] == StdoutOptions(type="stdout")
 
 
@@ -922,9 +909,7 @@ def test_the_example_shows_every_supported_key_of_every_model() -> None:
     assert not [key for model in models for key in model.model_fields if not re.search(rf"\b{key}:", text)]
 
 
-LATER = [
-    line for line in EXAMPLE.read_text().splitlines() if re.match(r" *# \w+: .+ # not supported yet: ", line)
-]
+LATER = [line for line in EXAMPLE.read_text().splitlines() if re.match(r" *# \w+: .+ # not supported yet: ", line)]
 
 
 def test_the_example_marks_every_refusal() -> None:
@@ -944,10 +929,10 @@ def test_a_line_the_example_marks_not_supported_yet_is_just_that_when_uncommente
     key = used.split(":")[0]
     # The key may stand there already, with a word that does work: this line takes the place of that one.
     rest, replaced = re.subn(rf"^{key}:.*", lambda _: used, EXAMPLE.read_text(), count=1, flags=re.MULTILINE)
-    only = findings(rest if replaced else rest.replace(line, used))
-    assert [finding.split(" (")[0].rpartition(".")[2].removeprefix("c.yaml: ") for finding in only] == [
-        f"{key.strip()}: not supported yet"
-    ]
+    (only,) = findings(rest if replaced else rest.replace(line, used))
+    _, path, message = only.split(": ", 2)
+    assert path.rpartition(".")[2] == key.strip()
+    assert message.startswith("not supported yet (")
 
 
 # -- which file --

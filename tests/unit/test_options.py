@@ -218,9 +218,7 @@ def test_a_batch_has_500_events_4_mib_and_lingers_20_ms_by_default() -> None:
     assert BatchOptions().model_dump() == {"events": 500, "bytes": 4 * 1024 * 1024, "linger": 0.02}
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"events": 0}, {"events": 100_001}, {"bytes": 0}, {"linger": "0s"}, {"events": "5"}]
-)
+@pytest.mark.parametrize("wrong", [{"events": 0}, {"events": 100_001}, {"bytes": 0}, {"linger": "0s"}, {"events": "5"}])
 def test_a_batch_out_of_range_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         BatchOptions.model_validate(wrong)

@@ -1,0 +1,42 @@
+"""How reports look: colours only where somebody watches, plain aligned text in a pipe."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+EXIT_FAILURE = 1
+EXIT_UNREACHABLE = 69
+
+_WIDE = 10_000
+
+
+def console() -> Console:
+    """Standard output as it is now; colours as NO_COLOR allows, and no line broken in a pipe."""
+    stream = sys.stdout
+    return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else _WIDE)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text from a database or a sink, as it is: no markup, no control characters."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style)
+
+
+def age(seconds: float) -> str:
+    """A duration in one unit, rounded down: ``0 s``, ``3 min``, ``5 h``, ``12 d``."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= (2 * size if unit != "min" else size):
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(max(seconds, 0))} s"
+
+
+def byte_size(number: int) -> str:
+    """``0 B``, ``8.0 KiB``, ``1.2 GiB``."""
+    size = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
