@@ -23,6 +23,8 @@ import psycopg2.extensions as ext
 
 from cdc.errors import DatabaseError, DatabaseUnreachable, Fenced, NotInstalled, NotPrimary
 
+OLDEST_SERVER = 14
+"""Lowest major version this program works with."""
 CONNECT_DEADLINE = 10.0
 """Seconds to reach the server and log in."""
 QUERY_DEADLINE = 30.0
@@ -84,6 +86,7 @@ class Connection:
         Raises:
             DatabaseUnreachable: no server, no answer in time, or it refuses the login.
             NotPrimary: the server is a standby.
+            DatabaseError: the server is too old.
         """
         ext.set_wait_callback(_wait)
         try:
@@ -97,6 +100,10 @@ class Connection:
             raise DatabaseUnreachable(f"cannot connect: {first_line(error)}") from None
         self._session.autocommit = True
         self.server_version: int = self._session.server_version
+        if self.server_version < OLDEST_SERVER * 10000:
+            self.close()
+            version = self.server_version // 10000
+            raise DatabaseError(f"PostgreSQL {version} is too old (upgrade to {OLDEST_SERVER} or later)")
         self.pid: int = self._session.info.backend_pid
         try:
             self.execute(_SETTINGS)

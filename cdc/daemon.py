@@ -1,7 +1,7 @@
 """The daemon: one listener and one thread per sink for every database, until told to stop.
 
-Starting fails fast: every database is tried once, and a reason no waiting mends (not migrated, no right, a standby) ends
-the start. A database that cannot be reached is waited for as long as another one can be served. From then on everything
+Starting fails fast: every database is tried once, and a reason no waiting mends (not migrated, no right, a standby)
+ends the start. A database that cannot be reached is waited for as long as another one can be served. From then on everything
 heals by itself and says so in the log.
 
 Stopping: the first signal drains (each pipeline finishes and acknowledges the batch in its hands), the second one ends

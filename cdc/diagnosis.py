@@ -15,14 +15,13 @@ from typing import Literal, TypeVar
 
 from cdc import installer, listener, outbox
 from cdc.config import Config, DatabaseConfig
-from cdc.connection import Connection
+from cdc.connection import OLDEST_SERVER, Connection
 from cdc.errors import CdcError, DatabaseUnreachable, InstallError, NotInstalled, NotPrimary
 from cdc.installer import Drift
 from cdc.options import is_glob, matches, split
 from cdc.outbox import OpenTransaction, SinkStatus
 from cdc.sql import QUERIES
 
-OLDEST_SERVER = 14
 NEWEST_SERVER = 18
 QUEUE_LIMIT = 0.5
 """Fill of the cluster's notification queue, 0 to 1, above which something is wrong."""
@@ -108,10 +107,11 @@ class _Checkup:
     def _failed(self, key: str, error: CdcError) -> None:
         subject = None if key == "dsn" else key
         unreachable = isinstance(error, DatabaseUnreachable)
+        message, cure = _parted(str(error))
         if unreachable:
-            message, cure = str(error), _cure_of_connecting(str(error), f"databases.{self._name}.{key}")
-        else:
-            message, cure = _parted(str(error))
+            message = str(error)
+            where = f" at {self._options.describe()}" if key == "dsn" else ""
+            cure = _cure_of_connecting(message, f"databases.{self._name}.{key}", where)
         self._findings.append(Finding(self._name, "error", subject, message, cure, unreachable))
 
     def _database(self, connection: Connection) -> str | None:
@@ -119,9 +119,6 @@ class _Checkup:
         version, encoding, role, prepared, queue_usage, sees_all = connection.query(QUERIES["server_facts"])[0]
         version = version.split()[0]
         major = connection.server_version // 10000
-        if major < OLDEST_SERVER:
-            self._add("error", None, f"PostgreSQL {version} is too old", f"upgrade to {OLDEST_SERVER} or later")
-            return None
         if major > NEWEST_SERVER:
             self._add(
                 "warning",
@@ -330,7 +327,8 @@ def status(config: Config, names: Sequence[str], dsns: Mapping[str, str]) -> dic
         except CdcError as error:
             state, text = _state_of(error), str(error)
             if state == "unreachable":
-                text = f"{text} ({_cure_of_connecting(text, f'databases.{name}.dsn')})"
+                where = f" at {config.databases[name].describe()}"
+                text = f"{text} ({_cure_of_connecting(text, f'databases.{name}.dsn', where)})"
             elif state == "error" and not _parted(text)[1]:
                 text = f"{text} (run cdc check)"
             return DatabaseStatus(state, text)
@@ -502,16 +500,17 @@ def _cure_of_privilege(privilege: str, object_: str, role: str) -> str:
     return f"run cdc migrate, or: grant {privilege} on {object_} to {role}"
 
 
-def _cure_of_connecting(message: str, key: str) -> str:
+def _cure_of_connecting(message: str, key: str, where: str) -> str:
+    """What to do about a failed connection; `where` is `` at …`` or nothing: libpq does not always name the server."""
     for sign, cure in (
         ("password authentication failed", f"correct user and password in {key}"),
         ("no password supplied", f"add the password to {key} or to ~/.pgpass"),
         ("pg_hba.conf", "let the server's pg_hba.conf admit this host, user and database"),
         ("does not exist", f"create it, or correct {key}"),
         ("could not translate host name", f"correct the host in {key}"),
-        ("Connection refused", f"start the server, or correct host and port in {key}"),
-        ("No such file or directory", f"start the server, or correct host and port in {key}"),
-        ("no answer in time", f"look at the network between here and the server, and at host and port in {key}"),
+        ("Connection refused", f"start the server{where}, or correct {key}"),
+        ("No such file or directory", f"start the server{where}, or correct {key}"),
+        ("no answer in time", f"look at the network between here and the server{where}"),
         ("connection slots", "raise max_connections, or end sessions that are not needed"),
         ("too many", "raise the limit, or end sessions that are not needed"),
         ("starting up", "try again in a moment"),
@@ -519,4 +518,4 @@ def _cure_of_connecting(message: str, key: str) -> str:
     ):
         if sign in message:
             return cure
-    return f"correct {key}, and look into the server's log"
+    return f"look into the log of the server{where}, or correct {key}"

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psycopg2
 import psycopg2.extensions as ext
@@ -46,8 +46,9 @@ PAUSE = 1.0
 """Seconds between attempts."""
 
 _TRIGGER_RIGHTS = (
-    "the migration role needs CREATE on the database, CREATEROLE, and TRIGGER on every captured table "
-    "(grant them, or set migrate_dsn to a role that has them)"
+    "the migration role needs CREATE on the database, TRIGGER on every captured table, and CREATEROLE or, where "
+    "another role has made cdc_capture and cdc_reader, ADMIN on both (grant them, or set migrate_dsn to a role that "
+    "has them)"
 )
 
 
@@ -221,14 +222,17 @@ class Target:
         return f"{self.schema}.{self.table}"
 
 
-def resolve(cursor: ext.cursor, database: DatabaseConfig) -> list[Target]:
-    """The tables the configuration's patterns stand for, in this database, now.
+def resolve(candidates: Iterable[tuple[Any, ...]], database: DatabaseConfig) -> list[Target]:
+    """The tables the configuration's patterns stand for.
+
+    Args:
+        candidates: what there is, from the query ``candidate_tables``.
+        database: the configuration.
 
     Raises:
         InstallError: names that are not there, all of them.
     """
-    cursor.execute(QUERIES["candidate_tables"])
-    found = {(schema, table): (oid, plain) for oid, schema, table, plain in cursor.fetchall()}
+    found = {(schema, table): (oid, plain) for oid, schema, table, plain in candidates}
     missing = [p for p in database.tables if not is_glob(p) and split(p) not in found]
     if missing:
         raise InstallError(
@@ -265,7 +269,8 @@ def reconcile(cursor: ext.cursor, database: DatabaseConfig) -> list[Change]:
         InstallError: a table that is not there, or that cannot be captured.
         psycopg2.Error: whatever the server says.
     """
-    targets = resolve(cursor, database)
+    cursor.execute(QUERIES["candidate_tables"])
+    targets = resolve(cursor.fetchall(), database)
     changes = []
     for target in targets:
         try:
@@ -338,8 +343,7 @@ def find_drift(connection: Connection, database: DatabaseConfig) -> list[Drift]:
         InstallError: a table that is not there, or that cannot be captured.
         DatabaseError: as Connection.query.
     """
-    with connection.raw.cursor() as cursor:
-        targets = resolve(cursor, database)
+    targets = resolve(connection.query(QUERIES["candidate_tables"]), database)
     drifts = []
     for target in targets:
         try:

@@ -310,24 +310,30 @@ class OpenTransaction:
 
 def sink_statuses(connection: Connection) -> list[SinkStatus]:
     """Every sink this database knows, by name. Raises as :func:`register_sink`."""
-    return [
-        SinkStatus(
-            name=name,
-            state=state,
-            owner=owner,
-            last_error=last_error,
-            last_error_at=last_error_at,
-            delivered_at=delivered_at,
-            served=served,
-            pending=min(pending, PENDING_CAP),
-            capped=pending > PENDING_CAP,
-            lag=max(lag or 0.0, 0.0),
-            dead_letters=dead_letters,
+    statuses = []
+    for row in connection.query(QUERIES["sink_status"]):
+        name, state, owner, last_error, last_error_at, delivered_at, served, pending, lag, dead_letters = row
+        capped = pending > PENDING_CAP
+        if capped:
+            # The query has seen any hundred thousand of them, not the oldest.
+            oldest = connection.query(QUERIES["oldest_pending"], {"sink": name})
+            lag = (oldest[0][0] if oldest else None) or lag
+        statuses.append(
+            SinkStatus(
+                name=name,
+                state=state,
+                owner=owner,
+                last_error=last_error,
+                last_error_at=last_error_at,
+                delivered_at=delivered_at,
+                served=served,
+                pending=min(pending, PENDING_CAP),
+                capped=capped,
+                lag=max(lag or 0.0, 0.0),
+                dead_letters=dead_letters,
+            )
         )
-        for name, state, owner, last_error, last_error_at, delivered_at, served, pending, lag, dead_letters in (
-            connection.query(QUERIES["sink_status"])
-        )
-    ]
+    return statuses
 
 
 def oldest_writer(connection: Connection) -> OpenTransaction | None:

@@ -107,7 +107,6 @@ class Pipeline(threading.Thread):
                 if self._stop_event.wait(STANDBY_INTERVAL):
                     return
             log.info("Serving.", extra=self._fields(owner=self._owner))
-            self._become(outbox, "running")
             self._bell.join(self._sleeper)
             try:
                 self._guarded(outbox, self._sink.open)
@@ -116,11 +115,15 @@ class Pipeline(threading.Thread):
                 self.stopped_because = str(error)
                 self._become(outbox, "stopped", str(error))
                 log.error("The sink is stopped.", extra=self._fields(error=str(error)))
-            except Fenced:
-                self.state = "waiting"
+            except (Fenced, DatabaseUnreachable):
+                raise
+            except DatabaseError as error:
+                # The session is good, the server says no: let it be seen where people look.
+                self._become(outbox, "retrying", str(error))
                 raise
             finally:
                 self._bell.leave(self._sleeper)
+                self._sink.close()
 
     def _loop(self, outbox: Outbox) -> None:
         limits = self._options.batch
@@ -128,6 +131,7 @@ class Pipeline(threading.Thread):
         while not self._stop_event.is_set():
             self._bell.looking(self._sleeper)
             batch = outbox.next_batch(acked, events=limits.events, bytes_=limits.bytes)
+            self._become(outbox, "running")
             if batch is None:
                 acked = None
                 self._bell.rest(self._sleeper)

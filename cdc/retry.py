@@ -89,10 +89,11 @@ def keep_alive(
     while not stop.is_set():
         try:
             retrying(errors, initial=initial, maximum=maximum, stop=stop, before_sleep=before_sleep)(timed)
-            return
         except _Lasted as lasted:
             before_sleep(lasted.error, initial)
             stop.wait(initial)
         except errors:
             if not stop.is_set():
                 raise
+        else:
+            return

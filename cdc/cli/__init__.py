@@ -21,11 +21,9 @@ from cdc.cli.logs import set_up_logging
 from cdc.cli.migrate import migrate
 from cdc.cli.run import run
 from cdc.cli.status import status
+from cdc.cli.terminal import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNREACHABLE
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
 
-EXIT_FAILURE = 1
-EXIT_UNREACHABLE = 69
-EXIT_CONFIG = 78
 
 
 class _Causes(click.Group):

@@ -30,9 +30,9 @@ def migrate_with_alembic(
     try:
         app = App(lambda: Path(path), os.environ, None, None)
         names = app.select((database,) if database else ())
-        with app.places() as places:
+        with app.places(names) as places:
             failed = migrate_all(app, places, names, upgrade=run, triggers=triggers)
     except CdcError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
     if failed:
         raise SystemExit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,8 +62,8 @@ class App:
         return list(names) or known
 
     @contextmanager
-    def places(self) -> Iterator[dict[str, Place]]:
-        """How to reach each database; embedded servers run for as long as this is entered.
+    def places(self, names: Collection[str] | None = None) -> Iterator[dict[str, Place]]:
+        """How to reach each database, or those named; embedded servers run for as long as this is entered.
 
         Raises:
             EmbeddedError: a private server does not start.
@@ -75,6 +75,7 @@ class App:
                     _reach(database.resolved_migrate_dsn.get_secret_value(), stack),
                 )
                 for name, database in self.config.databases.items()
+                if names is None or name in names
             }
 
 

@@ -24,7 +24,7 @@ def migrate(app: App, names: tuple[str, ...], as_json: bool) -> None:
     Each database is one transaction: all of it or nothing. One that fails does not stop the others.
     """
     selected = app.select(names)
-    with app.places() as places:
+    with app.places(selected) as places:
         failed = migrate_all(app, places, selected, as_json=as_json)
     if failed:
         sys.exit(1)

@@ -11,18 +11,18 @@ from cdc.event import Event, Image, Op, split_object
 _OP_STYLES = {Op.INSERT: "green", Op.UPDATE: "yellow", Op.DELETE: "red", Op.TRUNCATE: "bold red", Op.READ: "cyan"}
 _OP_WIDTH = 6
 _TABLE_WIDTH = 11
-_KEY_WIDTH = 6
+_KEY_WIDTH = 7
 
 
 def line(event: Event) -> Text:
     """The event as a styled line, in local time; printed without a terminal it is plain text."""
     source = event.source
     table = source.table if source.schema_name == "public" else f"{source.schema_name}.{source.table}"
-    text = Text(f"{source.ts.astimezone():%H:%M:%S.%f}"[:-3], "dim", end="")
+    text = Text().append(f"{source.ts.astimezone():%H:%M:%S.%f}"[:-3], "dim")
     text.append("  ").append(f"{event.op.value:<{_OP_WIDTH}}", _OP_STYLES[event.op])
-    text.append(f"  {_clean(table):<{_TABLE_WIDTH}}", "not dim")
+    text.append(f"  {_clean(table):<{_TABLE_WIDTH}}")
     key = _columns(event.key)
-    text.append(f"  {'/'.join(map(_shown, key.values())):<{_KEY_WIDTH}}", "not dim cyan")
+    text.append(f"  {'/'.join(map(_shown, key.values())):<{_KEY_WIDTH}}", "cyan")
     if event.truncated:
         text.append("  too large: only the key is known", "dim")
     elif event.op is Op.UPDATE:
@@ -30,7 +30,7 @@ def line(event: Event) -> Text:
     elif event.op in (Op.INSERT, Op.READ):
         for name, value in _columns(event.after).items():
             if name not in key and value != "null":
-                text.append(f"  {_clean(name)} ", "dim").append(_shown(value), "not dim")
+                text.append(f"  {_clean(name)} ", "dim").append(_shown(value))
     text.rstrip()
     return text
 
@@ -40,8 +40,8 @@ def _append_difference(text: Text, event: Event) -> None:
     for name in event.changed or ():
         text.append(f"  {_clean(name)} ", "dim")
         if name in before:
-            text.append(_shown(before[name]), "not dim red").append(" → ", "dim")
-        text.append(_shown(after.get(name, "null")), "not dim green")
+            text.append(_shown(before[name]), "red").append(" → ", "dim")
+        text.append(_shown(after.get(name, "null")), "green")
 
 
 def _columns(image: Image | None) -> dict[str, str]:

@@ -35,11 +35,11 @@ _NUMBERS = ("pending", "lag", "last delivery", "dead letters")
 def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
     """Show every sink's state, pending events and lag, and what holds delivery back.
 
-    A sink is running, retrying, stopped or waiting as its daemon says; down: no daemon serves it; new: it has no position
-    yet; unknown: the configuration no longer has it. Exit code 69 when a database cannot be reached.
+    A sink is running, retrying, stopped or waiting as its daemon says; down: no daemon serves it; new: it has no
+    position yet; unknown: the configuration no longer has it. Exit code 69 when a database cannot be reached.
     """
     selected = app.select(names)
-    with app.places() as places:
+    with app.places(selected) as places:
         databases = diagnosis.status(app.config, selected, {name: place.dsn for name, place in places.items()})
     if as_json:
         shape = {"databases": {name: database.to_json() for name, database in databases.items()}}
@@ -58,7 +58,7 @@ def _show(databases: Mapping[str, DatabaseStatus], out: Console, now: datetime) 
     for name, database in databases.items():
         bad = database.state != "ok" or bool(database.drift or database.problems)
         out.print(plain(f"{name}: {_summary(database)}", _BAD if bad else ""))
-        for note in _notes(name, database, now):
+        for note in _notes(database, now):
             out.print(plain(f"{name}: {note}"))
 
 
@@ -96,12 +96,12 @@ def _summary(database: DatabaseStatus) -> str:
         f"revision {database.revision}",
         "armed" if database.armed else "not armed",
         f"outbox {byte_size(database.outbox_bytes or 0)}",
-        f"{database.drift} of the triggers differ (run cdc check)" if database.drift else "no drift",
+        f"drift in {database.drift} (run cdc check)" if database.drift else "no drift",
     ]
     return ", ".join(parts)
 
 
-def _notes(name: str, database: DatabaseStatus, now: datetime) -> Iterator[str]:
+def _notes(database: DatabaseStatus, now: datetime) -> Iterator[str]:
     """What somebody should know, one sentence each."""
     yield from database.problems
     oldest = database.oldest_transaction
@@ -122,11 +122,12 @@ def _about(line: SinkLine, now: datetime) -> str | None:
         since = (now - detail.last_error_at).total_seconds()
         if line.state != "running" or since < RECENT:
             error = f"last error {age(since)} ago: {detail.last_error}"
+    served_by = f"; the last one was {detail.owner}, look into its log" if detail.owner else ""
     explained = {
-        "down": "down: no daemon serves it (start cdc run)",
+        "down": f"down: no daemon serves it (start cdc run{served_by})",
         "stopped": "stopped: it takes nothing more (mend the cause, then restart cdc run)",
-        "unknown": "unknown: the configuration no longer has it, and its position keeps the outbox from being given back "
-        "(cdc sinks forget, if it is not coming back)",
+        "unknown": "unknown: the configuration no longer has it, and its position keeps the outbox from being given "
+        "back (cdc sinks forget, if it is not coming back)",
     }.get(line.state, line.state if error and line.state != "running" else "")
     return "; ".join(filter(None, (explained, error))) or None
 
@@ -136,6 +137,6 @@ def _open_transaction(oldest: OpenTransaction) -> str:
     details = [f"database {oldest.database}", *filter(None, (oldest.application, oldest.state))]
     since = "age not visible to this role" if oldest.age is None else f"open for {age(oldest.age)}"
     return (
-        f"oldest open transaction: {who} ({', '.join(details)}), {since}; until it ends its changes are not delivered and "
-        "the outbox is not given back"
+        f"oldest open transaction: {who} ({', '.join(details)}), {since}; until it ends its changes are not delivered "
+        "and the outbox is not given back"
     )

@@ -9,6 +9,7 @@ from rich.text import Text
 
 EXIT_FAILURE = 1
 EXIT_UNREACHABLE = 69
+EXIT_CONFIG = 78
 
 _WIDE = 10_000
 

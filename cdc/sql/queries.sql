@@ -113,14 +113,6 @@ select k.name, k.state, k.owner, k.last_error, k.last_error_at, k.delivered_at,
              limit 100001) w) p
  order by k.name;
 
--- name: oldest_transaction
--- What may hold delivery or retention back: the oldest open transaction that has written, and whose it is.
-select a.pid, coalesce(a.application_name, ''), a.state, extract(epoch from clock_timestamp() - a.xact_start)::float8
-  from pg_catalog.pg_stat_activity a
- where a.backend_xid is not null and a.pid <> pg_backend_pid() and a.datname = current_database()
- order by a.xact_start
- limit 1;
-
 -- name: outbox_bytes
 -- The outbox on disk, indexes included.
 select coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint
@@ -168,6 +160,20 @@ select distinct on (a.pid) l.relation::regclass::text, a.pid, coalesce(nullif(a.
    and a.application_name not like 'cdc migrate%%'
  order by a.pid, a.xact_start
  limit 5;
+
+-- name: oldest_pending
+-- How old a sink's backlog is, in seconds, when there is too much of it to look at everything: the age of the first
+-- pending event of the oldest transaction.
+select extract(epoch from clock_timestamp() - least(
+         (select e.captured_at from cdc.event e
+           where e.txid >= pg_snapshot_xmax(k.snap_lo)
+             and not (k.snap_hi is not null and pg_visible_in_snapshot(e.txid, k.snap_hi) and e.seq <= k.last_seq)
+           order by e.txid, e.seq limit 1),
+         (select min(e.captured_at) from cdc.event e
+           where e.txid = any (array(select pg_snapshot_xip(k.snap_lo)))
+             and not (k.snap_hi is not null and pg_visible_in_snapshot(e.txid, k.snap_hi) and e.seq <= k.last_seq))
+       ))::float8
+  from cdc.sink k where k.name = %(sink)s;
 
 -- name: oldest_writer
 -- What may hold delivery or retention back: the open transaction that has held a transaction id for longest, in any
@@ -234,7 +240,8 @@ select w.privilege, w.kind || ' cdc' || coalesce('.' || w.object, '')
    and not case w.kind when 'schema' then has_schema_privilege(n.oid, w.privilege)
                        when 'table' then has_table_privilege(c.oid, w.privilege)
                        when 'sequence' then has_sequence_privilege(c.oid, w.privilege)
-                       else has_function_privilege(p.oid, w.privilege) end;
+                       else has_function_privilege(p.oid, w.privilege) end
+ order by w.object nulls first, w.privilege;
 
 -- name: candidate_keys
 -- Everything that could be named under `tables`, whether a glob may mean it, and whether it has a primary key.

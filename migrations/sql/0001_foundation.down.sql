@@ -28,4 +28,5 @@ drop table cdc.event_0, cdc.event_1, cdc.event_2, cdc.event;
 drop sequence cdc.event_seq;
 drop table cdc.captured_table;
 drop table cdc.installation;
+revoke select on cdc.alembic_version from cdc_reader;
 revoke usage on schema cdc from cdc_capture, cdc_reader;

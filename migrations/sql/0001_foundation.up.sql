@@ -711,6 +711,7 @@ grant execute on function cdc.payload(integer, "char", bigint, xid8, timestamptz
 
 -- The daemon must hold the right to truncate the children itself: no function lends it the owner's.
 grant select, truncate on cdc.event_0, cdc.event_1, cdc.event_2 to cdc_reader;
+grant select on cdc.alembic_version to cdc_reader;
 grant select on cdc.event, cdc.captured_table, cdc.captured, cdc.installation to cdc_reader;
 grant select, update on sequence cdc.event_seq to cdc_reader;
 grant select, insert, update on cdc.sink to cdc_reader;
