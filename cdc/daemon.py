@@ -1,8 +1,8 @@
 """The daemon: one listener and one thread per sink for every database, until told to stop.
 
 Starting fails fast: every database is tried once, and a reason no waiting mends (not migrated, no right, a standby)
-ends the start. A database that cannot be reached is waited for as long as another one can be served. From then on everything
-heals by itself and says so in the log.
+ends the start. A database that cannot be reached is waited for as long as another one can be served. From then on
+everything heals by itself and says so in the log.
 
 Stopping: the first signal drains (each pipeline finishes and acknowledges the batch in its hands), the second one ends
 the process at once; what was not acknowledged is delivered again by the next start.
@@ -10,8 +10,10 @@ the process at once; what was not acknowledged is delivered again by the next st
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import threading
@@ -32,6 +34,7 @@ from cdc.sinks import create
 log = logging.getLogger(__name__)
 
 IDLE_CHECK_INTERVAL = 0.05
+ALIVE_INTERVAL = 1.0
 HOUSEKEEPING = (1.0, 300.0)
 """Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
 
@@ -69,6 +72,10 @@ class Daemon:
         self._config = config
         self._on_delivered = on_delivered
         self._stop = threading.Event()
+        self._signal: int | None = None
+        self._nudge_read, self._nudge_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signalled = False
+        self._nudge_read, self._nudge_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._threads: list[threading.Thread] = []
         self._databases = [
@@ -109,8 +116,10 @@ class Daemon:
             self._join()
 
     def stop(self) -> None:
-        """Begin to drain; returns at once. May be called from any thread, and from a signal handler."""
+        """Begin to drain; returns at once. May be called from any thread."""
         self._stop.set()
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._nudge_write, b"!")
         for database in self._databases:
             for pipeline in database.pipelines:
                 pipeline.interrupt()
@@ -120,14 +129,13 @@ class Daemon:
     def handle_signals(self) -> None:
         """Let SIGTERM and SIGINT drain, and end the process when they come again."""
 
+        # It runs in the middle of whatever the main thread is doing, which may hold any lock: so it takes none.
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if self._stop.is_set():
-                log.warning("Second signal: ending now.")
+            if self._signal is not None:
+                os.write(2, b"second signal: ending now\n")
                 os._exit(128 + number)
-            log.info(
-                "Draining; a second signal ends at once.", extra={"fields": {"signal": signal.Signals(number).name}}
-            )
-            self.stop()
+            self._signal = number
+            os.write(self._nudge_write, b"!")
 
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
@@ -175,20 +183,29 @@ class Daemon:
     # -- waiting ------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        # A timeout, because a wait without one cannot be interrupted by a signal handler on every platform.
-        while not self._stop.wait(1.0):
+        while not self._pause(ALIVE_INTERVAL):
             self._check_alive()
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait in the main thread, unless told to stop; returns whether that has happened."""
+        if select.select([self._nudge_read], [], [], 0 if self._stop.is_set() else seconds)[0]:
+            os.read(self._nudge_read, 64)
+        if self._signal is not None and not self._stop.is_set():
+            name = signal.Signals(self._signal).name
+            log.info("Draining; a second signal ends at once.", extra={"fields": {"signal": name}})
+            self.stop()
+        return self._stop.is_set()
 
     def _wait_until_idle(self) -> None:
         for database in self._databases:
             while database.sinks and not self._stop.is_set():
                 try:
                     with Connection(database.dsn, purpose="until-idle") as connection:
-                        while self._is_behind(database, connection) and not self._stop.wait(IDLE_CHECK_INTERVAL):
+                        while self._is_behind(database, connection) and not self._pause(IDLE_CHECK_INTERVAL):
                             self._check_alive()
                     break
                 except DatabaseUnreachable:
-                    self._stop.wait(1.0)
+                    self._pause(ALIVE_INTERVAL)
 
     def _is_behind(self, database: _Database, connection: Connection) -> bool:
         behind = outbox.sinks_behind(connection, list(database.sinks), database.target or "")

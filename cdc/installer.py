@@ -24,6 +24,7 @@ import psycopg2.extensions as ext
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from psycopg2 import errors as pg
 from psycopg2 import sql
 from sqlalchemy import Connection as SqlConnection
@@ -33,7 +34,7 @@ from sqlalchemy.pool import NullPool
 
 from cdc.config import Config, DatabaseConfig, TableConfig
 from cdc.connection import Connection, first_line
-from cdc.errors import DatabaseError, InstallError, NotInstalled
+from cdc.errors import DatabaseError, DatabaseUnreachable, InstallError, NotInstalled
 from cdc.options import is_glob, split
 from cdc.sql import QUERIES
 
@@ -116,6 +117,10 @@ def migrate(
                         upgrade=upgrade,
                         triggers=triggers,
                     )
+            except CommandError as refusal:
+                raise InstallError(
+                    f"{first_line(refusal)} (if a newer cdc has migrated this database, install that one)"
+                ) from None
             except (psycopg2.Error, DBAPIError, DatabaseError) as raised:
                 error = raised.orig if isinstance(raised, DBAPIError) else raised
                 if isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected | pg.QueryCanceled):
@@ -127,6 +132,8 @@ def migrate(
                     raise InstallError(f"{first_line(error)}: {_TRIGGER_RIGHTS}") from None
                 elif isinstance(error, DatabaseError):
                     raise
+                elif connection.raw.closed:
+                    raise DatabaseUnreachable(f"connection lost: {first_line(error or raised)}") from None
                 else:
                     raise InstallError(first_line(error or raised)) from None
         time.sleep(PAUSE)
@@ -182,7 +189,8 @@ def _transaction(connection: Connection) -> Iterator[SqlConnection]:
             connection.raw.rollback()
         raise
     finally:
-        sql_connection.detach()
+        if not sql_connection.invalidated:
+            sql_connection.detach()
 
 
 def alembic_config(**attributes: object) -> AlembicConfig:
@@ -297,7 +305,8 @@ def _grant_reader(cursor: ext.cursor, role: str | None) -> list[Change]:
     if role is None:
         return []
     cursor.execute(
-        "select pg_has_role(rolname, 'cdc_reader', 'usage') from pg_roles where rolname = %s and rolname <> current_user",
+        "select pg_has_role(rolname, 'cdc_reader', 'usage') from pg_roles"
+        " where rolname = %s and rolname <> current_user",
         (role,),
     )
     row = cursor.fetchone()

@@ -310,7 +310,7 @@ class Listener(threading.Thread):
         usage = float(connection.query(QUERIES["queue_usage"])[0][0])
         if usage > QUEUE_LIMIT >= self.queue_usage:
             log.error(
-                "The notification queue is over half full: some session listens and does not read. Not asking to be rung.",
+                "The notification queue is over half full: a session listens and does not read. Not asking to be rung.",
                 extra=self._fields(usage=usage),
             )
         self.queue_usage = usage

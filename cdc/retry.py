@@ -9,7 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_when_event_set,
+    wait_exponential,
+    wait_random,
+)
 from tenacity.nap import sleep_using_event
 
 from cdc.errors import CdcError, TransientFailure
@@ -32,7 +39,8 @@ def retrying(
         stop: ends the waiting.
         before_sleep: told of every failure and of the seconds until the next attempt.
     """
-    back_off = wait_exponential_jitter(initial=initial, max=maximum, jitter=initial)
+    # Not wait_exponential_jitter: tenacity 9.2 renamed its arguments and warns of the old names.
+    back_off = wait_exponential(multiplier=initial, max=maximum) + wait_random(0, initial)
 
     def wait(state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None

@@ -25,7 +25,6 @@ from cdc.cli.terminal import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNREACHABLE
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
 
 
-
 class _Causes(click.Group):
     """Turns this package's errors into one clear line each and the right exit code."""
 

@@ -38,8 +38,18 @@ def migrate_all(
     as_json: bool = False,
     upgrade: Callable[[SqlConnection], None] | None = None,
     triggers: bool = True,
+    all_on_stderr: bool = False,
 ) -> dict[str, str]:
     """Migrate these databases, saying on stdout what changed and on stderr what failed.
+
+    Args:
+        app: the configuration.
+        places: how to reach each database.
+        names: the databases, in this order.
+        as_json: what changed as one JSON object.
+        upgrade: as for :func:`cdc.installer.migrate`.
+        triggers: as for :func:`cdc.installer.migrate`.
+        all_on_stderr: stdout belongs to somebody else, such as a sink.
 
     Returns:
         database → why it was left as it was.
@@ -64,7 +74,7 @@ def migrate_all(
         for change in changes:
             results.append({"database": name, "subject": change.subject, "change": change.what})
             if not as_json:
-                click.echo(f"{name}: {change.subject}: {change.what}")
+                click.echo(f"{name}: {change.subject}: {change.what}", err=all_on_stderr)
     if as_json:
         click.echo(json.dumps({"changes": results, "failed": failed}, ensure_ascii=False, indent=2))
     for name, reason in failed.items():

@@ -21,7 +21,7 @@ def run(app: App, first_migrate: bool, until_idle: bool) -> None:
     SIGTERM or SIGINT finishes and acknowledges what is in flight; a second one ends at once.
     """
     with app.places() as places:
-        if first_migrate and migrate_all(app, places, list(places)):
+        if first_migrate and migrate_all(app, places, list(places), all_on_stderr=True):
             sys.exit(1)
         daemon = Daemon(app.config, {name: place.dsn for name, place in places.items()})
         daemon.handle_signals()

@@ -42,6 +42,8 @@ LINGER = 0.4
 ROUNDS = 3
 """A mistake that does no harm by chance gets another round, with transactions that stay open twice as long."""
 
+_PAGE = 10
+"""So small that windows have several."""
 _COLUMNS = """seq, txid, to_char(captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), captured_table, op,
               old_row::text, new_row::text, context"""
 
@@ -108,10 +110,10 @@ class _HastyReader(_SeqReader):
             f"""select {_COLUMNS} from cdc.event
                  where pg_visible_in_snapshot(txid, %s::pg_snapshot)
                    and not pg_visible_in_snapshot(txid, %s::pg_snapshot) and seq > %s
-                 order by seq limit 20""",
+                 order by seq limit {_PAGE}""",
             (upper, self._lower, self._last),
         )
-        if len(rows) == 20:
+        if len(rows) == _PAGE:
             self._last = rows[-1][0]
         else:
             self._last, self._lower = 0, upper

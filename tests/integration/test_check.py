@@ -348,7 +348,6 @@ def test_a_role_that_cannot_see_other_sessions_is_a_note_and_status_says_so(
     assert len(shop.check()) == 1
 
 
-@pytest.mark.xfail(reason="the migration grants nothing on cdc.alembic_version to cdc_reader")
 def test_a_daemon_role_made_by_migrate_alone_is_healthy(shop: Shop, role: str) -> None:
     shop.daemon_dsn = make_dsn(shop.dsn, user=role, password="secret")
     shop.configure(ORDERS)

@@ -41,6 +41,14 @@ TABLES = """
 """
 
 
+CATALOGUES = (
+    *("pg_namespace", "pg_class", "pg_attribute", "pg_attrdef", "pg_constraint", "pg_index", "pg_proc", "pg_trigger"),
+    *("pg_type", "pg_description", "pg_depend", "pg_shdepend", "pg_inherits", "pg_sequence", "pg_rewrite"),
+    *("pg_init_privs", "pg_auth_members"),
+)
+"""Where anything a migration makes would be found."""
+
+
 @dataclass
 class Shop:
     """A database with tables and, at first, nothing captured.
@@ -96,7 +104,8 @@ class Shop:
     def events(self) -> list[tuple[str, str]]:
         """What the outbox holds, as (table, op)."""
         return self.query(
-            "select t.table_name, e.op from cdc.event e join cdc.captured_table t on t.id = e.captured_table order by seq"
+            "select t.table_name, e.op from cdc.event e join cdc.captured_table t on t.id = e.captured_table"
+            " order by e.seq"
         )
 
     def captured(self) -> list[str]:
@@ -104,11 +113,7 @@ class Shop:
 
     def everything(self) -> dict[str, object]:
         """Every version of every row a migration could write: equal before and after means nothing was changed."""
-        catalogues = (
-            "pg_namespace pg_class pg_attribute pg_attrdef pg_constraint pg_index pg_proc pg_trigger pg_type"
-            " pg_description pg_depend pg_shdepend pg_inherits pg_sequence pg_rewrite pg_init_privs pg_auth_members"
-        ).split()
-        found = {name: self.query(f"select ctid, xmin from {name} order by 1") for name in catalogues}
+        found = {name: self.query(f"select ctid, xmin from {name} order by 1") for name in CATALOGUES}
         if self.one("select to_regnamespace('cdc')") is not None:
             for name in ("installation", "captured_table", "sink", "event", "alembic_version"):
                 rows = f"select t.ctid, t.xmin, t::text from cdc.{name} t order by 1"
@@ -117,9 +122,7 @@ class Shop:
 
     # -- the command line ---------------------------------------------------------------------------------------
 
-    def configure(
-        self, tables: Mapping[str, Any], *, sinks: Mapping[str, Any] | None = None, **database: Any
-    ) -> Path:
+    def configure(self, tables: Mapping[str, Any], *, sinks: Mapping[str, Any] | None = None, **database: Any) -> Path:
         """Write a configuration of this database and return its path; by default with a file sink called audit."""
         out = str(self.directory / "{database}.audit.jsonl")
         config = {
@@ -175,7 +178,11 @@ def cdc(config: Path, *arguments: str) -> Result:
 def run_until_idle(config: Path) -> None:
     """``cdc run --until-idle`` in a process of its own, for it takes the signals."""
     done = subprocess.run(
-        [*CDC, "-c", str(config), "run", "--until-idle"], timeout=PATIENCE, capture_output=True, text=True
+        [*CDC, "-c", str(config), "run", "--until-idle"],
+        check=False,
+        timeout=PATIENCE,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -251,7 +258,8 @@ def way_of_capture(shop: Shop, table: str, column: str) -> Any:
     """How the newest event of a table is to be read."""
     shop.run(f"insert into {table} values ((select count(*) from {table}), 'x')")
     return shop.one(
-        f"select t.{column} from cdc.event e join cdc.captured_table t on t.id = e.captured_table order by seq desc limit 1"
+        f"select t.{column} from cdc.event e join cdc.captured_table t on t.id = e.captured_table"
+        " order by e.seq desc limit 1"
     )
 
 
@@ -294,31 +302,29 @@ def test_a_changed_table_option_is_said_and_takes_effect(shop: Shop, name: str) 
     assert look(shop) == before
 
 
-@pytest.mark.parametrize(
-    ("was", "becomes", "look", "before", "after"),
-    [
-        ({"notify": "off"}, {"notify": "always"}, lambda s: len(heard(s)), 0, 1),
-        ({"notify": "always"}, {"notify": "adaptive"}, lambda s: len(heard(s)), 1, 0),
-        (
-            {"notify": "always"},
-            {"notify": "always", "channel": 'a "b"; c'},
-            lambda s: (len(heard(s)), len(heard(s, 'a ""b""; c'))),
-            (1, 0),
-            (0, 1),
-        ),
-        (
-            {"notify": "always"},
-            {"notify": "always", "notify_payload": "wake"},
-            lambda s: [bool(payload) for payload in heard(s)],
-            [True],
-            [False],
-        ),
-    ],
-    ids=["notify on", "notify adaptive", "channel", "payload"],
-)
-def test_a_changed_database_option_is_said_and_takes_effect(
-    shop: Shop, was: dict[str, Any], becomes: dict[str, Any], look: Look, before: object, after: object
-) -> None:
+DATABASE_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], Look, object, object]] = {
+    "notify on": ({"notify": "off"}, {"notify": "always"}, lambda s: len(heard(s)), 0, 1),
+    "notify adaptive": ({"notify": "always"}, {"notify": "adaptive"}, lambda s: len(heard(s)), 1, 0),
+    "channel": (
+        {"notify": "always"},
+        {"notify": "always", "channel": 'a "b"; c'},
+        lambda s: (len(heard(s)), len(heard(s, 'a ""b""; c'))),
+        (1, 0),
+        (0, 1),
+    ),
+    "payload": (
+        {"notify": "always"},
+        {"notify": "always", "notify_payload": "wake"},
+        lambda s: [bool(payload) for payload in heard(s)],
+        [True],
+        [False],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATABASE_OPTIONS)
+def test_a_changed_database_option_is_said_and_takes_effect(shop: Shop, name: str) -> None:
+    was, becomes, look, before, after = DATABASE_OPTIONS[name]
     shop.migrate(**was)
     assert look(shop) == before
     assert shop.migrate(**becomes) == ["public.orders: changed"]
@@ -349,7 +355,9 @@ def test_a_database_called_otherwise_is_told_its_new_name(shop: Shop) -> None:
     assert shop.one("select database_name from cdc.installation") == "boutique"
 
 
-@pytest.mark.parametrize("sabotage", ["alter table orders disable trigger all", 'drop trigger "00_cdc_truncate" on orders'])
+@pytest.mark.parametrize(
+    "sabotage", ["alter table orders disable trigger all", 'drop trigger "00_cdc_truncate" on orders']
+)
 def test_triggers_somebody_changed_by_hand_are_put_right(shop: Shop, sabotage: str) -> None:
     shop.migrate()
     shop.run(sabotage)
@@ -387,7 +395,8 @@ KINDS = """
     create table billing.invoices (id bigint primary key);
     create table billing.archive (id bigint, year integer, primary key (id, year)) partition by range (year);
     create table billing.archive_1 partition of billing.archive for values from (2000) to (2010);
-    create table billing.archive_2 partition of billing.archive for values from (2010) to (2020) partition by list (year);
+    create table billing.archive_2 partition of billing.archive for values from (2010) to (2020)
+      partition by list (year);
     create table billing.archive_2_a partition of billing.archive_2 for values in (2010, 2011);
     create view billing.recent as select * from billing.invoices;
     create materialized view billing.sums as select count(*) from billing.invoices;
@@ -418,7 +427,8 @@ def test_a_partitioned_table_is_captured_once_wherever_its_row_is_written(shop: 
     assert shop.events() == [("archive", op) for op in "iiiuit"]
     assert shop.migrate({"billing.archive": {}}) == ["billing.archive: unchanged"]
     assert shop.migrate() == ["public.orders: added", "billing.archive: removed"]
-    assert shop.one("select count(*) from pg_trigger where tgname like '00_cdc%%' and tgrelid <> 'orders'::regclass") == 0
+    triggers = "select count(*) from pg_trigger where tgname like '00_cdc%' and tgrelid <> 'orders'::regclass"
+    assert shop.one(triggers) == 0
 
 
 @pytest.mark.parametrize(
@@ -441,7 +451,9 @@ def test_what_cannot_be_captured_is_refused_with_the_reason_when_named(shop: Sho
     assert shop.refusal({"billing.*": {}, f"billing.{table}": {}}) == line
 
 
-@pytest.mark.parametrize("name", ["public.nothing", "billing.numbers", "nowhere.orders", "public.Orders", '"public "."orders"'])
+@pytest.mark.parametrize(
+    "name", ["public.nothing", "billing.numbers", "nowhere.orders", "public.Orders", '"public "."orders"']
+)
 def test_a_missing_table_is_named(shop: Shop, name: str) -> None:
     shop.run(KINDS)
     line = shop.refusal({"public.orders": {}, name: {}})
@@ -459,9 +471,7 @@ def test_a_missing_table_leaves_a_fresh_database_as_it_was(fresh: Shop) -> None:
     result = cdc(config, "migrate")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr == (
-        "error: shop: public.nothing: no such table (correct `tables`, or create it first)\n"
-    )
+    assert result.stderr == ("error: shop: public.nothing: no such table (correct `tables`, or create it first)\n")
     assert fresh.one("select to_regnamespace('cdc')") is None
     assert fresh.everything() == before
 
@@ -490,7 +500,7 @@ def test_a_key_of_unknown_columns_is_refused_and_names_them(shop: Shop) -> None:
 
 ODD = {
     "quotes and spaces": '"weird ""name"',
-    "an apostrophe": "\"it's\"",
+    "an apostrophe": '"it\'s"',
     "an emoji": '"🛒 orders"',
     "capital letters": "Orders",
     "63 bytes": "t" * 63,
@@ -505,7 +515,7 @@ ODD = {
 
 @pytest.mark.parametrize("case", ODD)
 def test_a_table_with_an_odd_name_is_captured(shop: Shop, case: str) -> None:
-    pattern = f'public.{ODD[case]}'
+    pattern = f"public.{ODD[case]}"
     name = split(pattern)[1]
     table = sql.Identifier("public", name)
     column = sql.Identifier(name)
@@ -610,9 +620,7 @@ def test_an_open_transaction_on_another_table_does_not_matter(
 
 @pytest.mark.xfail(reason="the query in_the_way lists the writers of every table")
 @pytest.mark.usefixtures("hurried")
-def test_only_those_in_the_way_are_blamed(
-    shop: Shop, writer: connection, connect: Callable[..., connection]
-) -> None:
+def test_only_those_in_the_way_are_blamed(shop: Shop, writer: connection, connect: Callable[..., connection]) -> None:
     bystander = connect(make_dsn(shop.dsn, application_name="bystander"), autocommit=False)
     with bystander.cursor() as cursor:
         cursor.execute("insert into customers values (1, 'Ada')")
@@ -659,8 +667,7 @@ def test_a_reader_with_an_open_transaction_does_not_hinder_a_new_capture(
 def migrate_at_once(*configs: Path) -> list[list[str]]:
     """``cdc migrate`` in as many processes, each one's lines sorted."""
     processes = [
-        subprocess.Popen([*CDC, "-c", str(config), "migrate"], stdout=subprocess.PIPE, text=True)
-        for config in configs
+        subprocess.Popen([*CDC, "-c", str(config), "migrate"], stdout=subprocess.PIPE, text=True) for config in configs
     ]
     outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
@@ -830,9 +837,8 @@ def test_the_owner_of_the_tables_migrates_without_being_superuser(modest: Shop) 
         "shop: role daemon: granted cdc_reader",
     ]
     assert cdc(configured(modest), "migrate").stdout == "shop: sales.orders: unchanged\n"
-    assert cdc(modest.configure({"sales.*": {"image": "full"}}, dsn=make_dsn(modest.dsn, user="migrator")), "migrate").stdout == (
-        "shop: sales.orders: changed\n"
-    )
+    otherwise = modest.configure({"sales.*": {"image": "full"}}, dsn=make_dsn(modest.dsn, user="migrator"))
+    assert cdc(otherwise, "migrate").stdout == "shop: sales.orders: changed\n"
 
 
 def test_the_daemon_delivers_as_a_role_that_may_only_log_in(modest: Shop, connect: Callable[..., connection]) -> None:
@@ -844,33 +850,33 @@ def test_the_daemon_delivers_as_a_role_that_may_only_log_in(modest: Shop, connec
     assert [event["after"] for event in modest.delivered()] == [{"id": 1, "status": "new"}]
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "select * from sales.orders",
-        "insert into cdc.event select * from cdc.event",
-        "insert into cdc.event_0 select * from cdc.event",
-        "insert into cdc.event_1 select * from cdc.event",
-        "insert into cdc.event_2 select * from cdc.event",
-        "update cdc.event_0 set op = 'd'",
-        "delete from cdc.event_0",
-        "update cdc.installation set database_name = 'x'",
-        "insert into cdc.captured_table (relation, schema_name, table_name, image) values (1, 'a', 'b', 'diff')",
-        "create table cdc.mine ()",
-        "drop table cdc.sink",
-        "select cdc.enable_capture('cdc.sink')",
-        "select cdc.disable_capture('sales.orders')",
-        "create temp table mine (id integer);"
-        " create trigger forge after insert on mine for each row execute function cdc.capture('1', 'off')",
-    ],
+NOT_FOR_THE_DAEMON = (
+    "select * from sales.orders",
+    "insert into cdc.event select * from cdc.event",
+    "insert into cdc.event_0 select * from cdc.event",
+    "insert into cdc.event_1 select * from cdc.event",
+    "insert into cdc.event_2 select * from cdc.event",
+    "update cdc.event_0 set op = 'd'",
+    "delete from cdc.event_0",
+    "update cdc.installation set database_name = 'x'",
+    "insert into cdc.captured_table (relation, schema_name, table_name, image) values (1, 'a', 'b', 'diff')",
+    "create table cdc.mine ()",
+    "drop table cdc.sink",
+    "select cdc.enable_capture('cdc.sink')",
+    "select cdc.disable_capture('sales.orders')",
+    "create temp table mine (id integer);"
+    " create trigger forge after insert on mine for each row execute function cdc.capture('1', 'off')",
 )
+
+
 def test_the_daemon_may_neither_read_the_users_tables_nor_write_the_book(
-    modest: Shop, connect: Callable[..., connection], statement: str
+    modest: Shop, connect: Callable[..., connection]
 ) -> None:
     assert cdc(configured(modest), "migrate").exit_code == 0
     daemon = connect(make_dsn(modest.dsn, user="daemon")).cursor()
-    with pytest.raises(errors.InsufficientPrivilege):
-        daemon.execute(statement)
+    for statement in NOT_FOR_THE_DAEMON:
+        with pytest.raises(errors.InsufficientPrivilege):
+            daemon.execute(statement)
 
 
 def test_a_role_without_rights_gets_one_clear_line(modest: Shop) -> None:
@@ -879,9 +885,9 @@ def test_a_role_without_rights_gets_one_clear_line(modest: Shop) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == (
-        "error: shop: permission denied for database modest: the migration role needs CREATE on the database, TRIGGER on "
-        "every captured table, and CREATEROLE or, where another role has made cdc_capture and cdc_reader, ADMIN on both "
-        "(grant them, or set migrate_dsn to a role that has them)\n"
+        "error: shop: permission denied for database modest: the migration role needs CREATE on the database, "
+        "TRIGGER on every captured table, and CREATEROLE or, where another role has made cdc_capture and cdc_reader, "
+        "ADMIN on both (grant them, or set migrate_dsn to a role that has them)\n"
     )
     assert modest.one("select to_regnamespace('cdc')") is None
 
@@ -901,7 +907,7 @@ def test_a_table_of_somebody_else_gets_one_clear_line_and_nothing_is_done(modest
     result = cdc(config, "migrate")
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: shop: permission denied for table foreign_soil: the migration role needs CREATE on the")
+    assert line.startswith("error: shop: permission denied for table foreign_soil: the migration role needs ")
     assert modest.one("select to_regnamespace('cdc')") is None
 
 

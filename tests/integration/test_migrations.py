@@ -21,7 +21,7 @@ from typing import Any
 import psycopg2
 import pytest
 from alembic import command
-from psycopg2.extensions import connection, cursor, make_dsn
+from psycopg2.extensions import connection, cursor
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
@@ -50,16 +50,19 @@ _OWNER = "case {owner} when s.nspowner then 'the migration role' else {owner}::r
 
 _RELATION_ACL = """coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner))"""
 
+_SCHEMA_ACL = "coalesce(s.nspacl, acldefault('n', s.nspowner))"
+_FUNCTION_ACL = "coalesce(p.proacl, acldefault('f', p.proowner))"
+
 _DESCRIPTION = {
     "schema": f"""
-        select 'cdc', 'granted to ' || {_GRANTS.format(acl="coalesce(s.nspacl, acldefault('n', s.nspowner))", owner="s.nspowner")}
+        select 'cdc', 'granted to ' || {_GRANTS.format(acl=_SCHEMA_ACL, owner="s.nspowner")}
           from pg_namespace s where s.nspname = 'cdc'
     """,
     "role": """
-        select rolname, concat_ws(' ', case when rolsuper then 'superuser' end, case when rolinherit then 'inherit' end,
-                                  case when rolcreaterole then 'createrole' end, case when rolcreatedb then 'createdb' end,
-                                  case when rolcanlogin then 'login' end, case when rolreplication then 'replication' end,
-                                  case when rolbypassrls then 'bypassrls' end)
+        select rolname, concat_ws(' ', 'may', case when rolsuper then 'everything' end,
+                                  case when rolinherit then 'inherit' end, case when rolcreaterole then 'createrole' end,
+                                  case when rolcreatedb then 'createdb' end, case when rolcanlogin then 'login' end,
+                                  case when rolreplication then 'replicate' end, case when rolbypassrls then 'bypassrls' end)
           from pg_roles where rolname in ('cdc_capture', 'cdc_reader')
     """,
     "relation": f"""
@@ -108,11 +111,11 @@ _DESCRIPTION = {
         select p.oid::regprocedure::text, 'returns ' || pg_get_function_result(p.oid),
                'arguments ' || pg_get_function_arguments(p.oid), l.lanname,
                case p.provolatile when 'i' then 'immutable' when 's' then 'stable' else 'volatile' end,
-               case p.proparallel when 's' then 'parallel safe' when 'r' then 'parallel restricted' else 'parallel unsafe' end,
+               'parallel ' || case p.proparallel when 's' then 'safe' when 'r' then 'restricted' else 'unsafe' end,
                case when p.prosecdef then 'security definer' else 'security invoker' end,
                case when p.proisstrict then 'strict' end,
                'owned by ' || {_OWNER.format(owner="p.proowner")},
-               'granted to ' || {_GRANTS.format(acl="coalesce(p.proacl, acldefault('f', p.proowner))", owner="p.proowner")},
+               'granted to ' || {_GRANTS.format(acl=_FUNCTION_ACL, owner="p.proowner")},
                'set ' || coalesce((select string_agg(c, ', ' order by c) from unnest(p.proconfig) as c), 'nothing'),
                'md5 ' || md5(coalesce(nullif(p.prosrc, ''), pg_get_function_sqlbody(p.oid)))
           from pg_proc p
@@ -125,12 +128,13 @@ _DESCRIPTION = {
           from pg_rewrite r
           join pg_class c on c.oid = r.ev_class
           join pg_namespace s on s.oid = c.relnamespace
-          join pg_depend d on d.objid = r.oid and d.classid = 'pg_rewrite'::regclass and d.refclassid = 'pg_class'::regclass
-               and d.refobjid <> r.ev_class
+          join pg_depend d on d.objid = r.oid and d.classid = 'pg_rewrite'::regclass
+               and d.refclassid = 'pg_class'::regclass and d.refobjid <> r.ev_class
          where s.nspname = 'cdc' group by r.ev_class
     """,
     "trigger": """
-        select g.tgrelid::regclass || '.' || g.tgname, pg_get_triggerdef(g.oid) from pg_trigger g where not g.tgisinternal
+        select g.tgrelid::regclass || '.' || g.tgname, pg_get_triggerdef(g.oid)
+          from pg_trigger g where not g.tgisinternal
     """,
     "type": """
         select t.typname, t.typtype from pg_type t join pg_namespace s on s.oid = t.typnamespace
@@ -171,12 +175,15 @@ def alembic_in_process(dsn: str, step: Callable[..., None], revision: str) -> No
 def alembic(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Plain Alembic, as a user runs it in a checkout."""
     program = str(Path(sys.executable).with_name("alembic"))
-    return subprocess.run([program, *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        [program, *arguments], cwd=CHECKOUT, check=False, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def cdc(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = str(Path(sys.executable).with_name("cdc"))
-    return subprocess.run([program, "-c", str(config), *arguments], capture_output=True, text=True, timeout=PATIENCE)
+    command_line = [program, "-c", str(config), *arguments]
+    return subprocess.run(command_line, check=False, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -321,19 +328,16 @@ def test_plain_alembic_can_be_told_one_database(database: str, look: cursor, tmp
     assert wrong.stderr == "error: no database nowhere in the configuration (known: shop, away)\n"
 
 
-@pytest.mark.parametrize("reading", [["current"], ["history"], ["heads"]], ids=" ".join)
-def test_reading_commands_touch_nothing(database: str, look: cursor, tmp_path: Path, reading: list[str]) -> None:
+def test_asking_for_the_revision_touches_nothing(database: str, look: cursor, tmp_path: Path) -> None:
     config = configured(tmp_path, database)
-    done = alembic("-x", f"config={config}", *reading)
-    assert done.returncode == 0, done.stderr
+    assert alembic("-x", f"config={config}", "current").returncode == 0
     assert one(look, "select to_regnamespace('cdc')") is None
     assert cdc(config, "migrate").returncode == 0
     look.execute('drop trigger "00_cdc_capture" on orders')
     before = describe(database)
-    done = alembic("-x", f"config={config}", *reading)
+    done = alembic("-x", f"config={config}", "current")
     assert done.returncode == 0, done.stderr
-    if reading != ["history"]:
-        assert installer.head() in done.stdout
+    assert installer.head() in done.stdout
     assert describe(database) == before
 
 
@@ -347,16 +351,15 @@ def test_plain_alembic_takes_everything_down_again(database: str, look: cursor, 
     assert describe(database).count("trigger public.orders.00_cdc") == 2
 
 
-def test_plain_alembic_without_a_configuration_does_the_schema_alone(database: str, look: cursor, tmp_path: Path) -> None:
+def test_plain_alembic_without_a_configuration_does_the_schema_alone(database: str) -> None:
     assert alembic("-x", f"dsn={database}", "upgrade", "head").returncode == 0
     assert describe(database) == GOLDEN.read_text(encoding="utf-8")
     assert installer.head() in alembic("-x", f"dsn={database}", "current").stdout
     assert alembic("-x", f"dsn={database}", "downgrade", "base").returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [["upgrade", "head"], ["current"], ["downgrade", "base"]], ids=" ".join)
-def test_plain_alembic_that_is_not_told_where_says_how_to(arguments: list[str]) -> None:
-    done = alembic(*arguments)
+def test_plain_alembic_that_is_not_told_where_says_how_to() -> None:
+    done = alembic("upgrade", "head")
     assert done.returncode == 1
     assert done.stderr == "alembic: say which databases: -x config=config.yaml, or -x dsn=postgresql://…\n"
 
@@ -369,15 +372,15 @@ def test_plain_alembic_has_no_offline_mode_and_says_so(database: str, look: curs
     assert one(look, "select to_regnamespace('cdc')") is None
 
 
-@pytest.mark.parametrize("content", ["databases: {}", None], ids=["wrong", "missing"])
-def test_plain_alembic_with_a_bad_configuration_says_what_is_wrong(tmp_path: Path, content: str | None) -> None:
+def test_plain_alembic_with_a_bad_configuration_says_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    if content is not None:
-        path.write_text(content)
+    path.write_text("databases: {}")
     done = alembic("-x", f"config={path}", "upgrade", "head")
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert all(line.startswith(f"error: {path}") for line in done.stderr.splitlines()), done.stderr
+    assert [line.split(": ")[:3] for line in done.stderr.splitlines()] == [
+        ["error", str(path), "databases"],
+        ["error", str(path), "sinks"],
+    ]
 
 
 def test_an_unreachable_database_is_one_clear_line_without_its_password() -> None:
@@ -424,7 +427,7 @@ OF_A_MIGRATION = {"enable_capture"}
 def explain(look: cursor, name: str) -> None:
     query = QUERIES[name]
     wanted = set(re.findall(r"%\((\w+)\)s", query))
-    assert wanted <= PARAMETERS.keys(), f"{name}: say something plausible for {wanted - PARAMETERS.keys()} in PARAMETERS"
+    assert wanted <= PARAMETERS.keys(), f"{name}: say something plausible for {wanted - PARAMETERS.keys()}"
     parameters = {parameter: PARAMETERS[parameter] for parameter in wanted}
     look.execute("explain " + query, parameters or None)
     assert look.fetchall()
@@ -471,8 +474,9 @@ def test_the_wheel_holds_whatever_an_installed_cdc_needs(tmp_path: Path) -> None
     source = tmp_path / "source"
     unwanted = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "tests")
     shutil.copytree(CHECKOUT, source, ignore=unwanted)
-    command_line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    subprocess.run([*command_line, str(source)], check=True, capture_output=True, timeout=PATIENCE)
+    options = ["--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    command_line = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
+    subprocess.run(command_line, check=True, capture_output=True, timeout=PATIENCE)
     (wheel,) = tmp_path.glob("table_cdc-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for directory, inside in (("cdc", "cdc"), ("migrations", "cdc/migrations")):
@@ -486,7 +490,9 @@ def test_the_wheel_holds_whatever_an_installed_cdc_needs(tmp_path: Path) -> None
     assert not [name for name in names if "__pycache__" in name]
 
 
-def test_the_migrations_of_an_installed_package_are_found_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_migrations_of_an_installed_package_are_found_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "cdc"
     shutil.copytree(CHECKOUT / "migrations", package / "migrations")
     monkeypatch.setattr(installer, "__file__", str(package / "installer.py"))

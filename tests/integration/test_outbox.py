@@ -414,7 +414,9 @@ def test_a_large_window_amid_old_transactions_comes_whole_and_in_order(
     assert seqs(got) == reference
     olds[1].commit()
     never.commit()
-    rest = fetch(shop, "select seq from cdc.event where seq <> all (%s) and seq <> %s order by seq", (reference, delivered))
+    rest = fetch(
+        shop, "select seq from cdc.event where seq <> all (%s) and seq <> %s order by seq", (reference, delivered)
+    )
     assert seqs(reader.everything(events=events)) == [seq for (seq,) in rest]
 
 
@@ -672,8 +674,8 @@ def captured(conn: connection, table: str = "item") -> int:
 def write_by_hand(conn: connection, op: str, old: str | None, new: str | None, context: str | None = None) -> None:
     fetch(
         conn,
-        """insert into cdc.event_0 values (nextval('cdc.event_seq'), pg_current_xact_id(), clock_timestamp(), %s, %s, %s,
-                                           %s, %s)""",
+        """insert into cdc.event_0
+           values (nextval('cdc.event_seq'), pg_current_xact_id(), clock_timestamp(), %s, %s, %s, %s, %s)""",
         (captured(conn), op, old, new, context),
     )
 
@@ -785,7 +787,8 @@ def test_numbers_python_cannot_hold_travel_as_they_were_written(
 
 
 @pytest.mark.parametrize(
-    "context", [pytest.param("1e99999999999999999999", marks=BEYOND_PYTHON, id="huge"), pytest.param("9" * 5000, id="long")]
+    "context",
+    [pytest.param("1e99999999999999999999", marks=BEYOND_PYTHON, id="huge"), pytest.param("9" * 5000, id="long")],
 )
 def test_a_context_python_cannot_hold_harms_nobody(
     shop: connection, session: Callable[[], connection], read: Callable[..., Reader], context: str

@@ -1,0 +1,208 @@
+"""What the file may say: one strict, frozen model for each of its blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+)
+
+from cdc.config.dsn import Dsn, DsnFile, describe, read_dsn_file
+from cdc.config.words import known_words, listed
+from cdc.options import (
+    ALL_CAPTURE_OPS,
+    NAME_BYTES,
+    CaptureOp,
+    Distinct,
+    Duration,
+    SinkOptions,
+    StrictModel,
+    TablePattern,
+    is_glob,
+    matches,
+    not_supported_yet,
+)
+
+SINK_TYPES: Final = ("stdout", "file", "webhook", "kafka", "redis", "nats", "rabbitmq", "postgres", "python")
+"""Every sink type the contract names, whether this version has it or not."""
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,62}", value):
+        raise ValueError("not a usable name (a letter, then letters, digits, _ or -, at most 63 in all)")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""What a database or a sink is called: in metrics labels, in event ids, on the command line."""
+
+
+class TableConfig(StrictModel):
+    """How one table, or every table a pattern covers, is captured.
+
+    Attributes:
+        ops: the operations captured.
+        image: ``diff``, an update carries only the columns that changed; ``full``, whole rows on both sides.
+        exclude: columns that are never captured.
+        mask: column → how its value is hidden.
+        when: operation → SQL condition.
+        key: the columns that identify a row, for a table without a primary key.
+        delivery: ``durable``, through the outbox; ``ephemeral``, by NOTIFY alone.
+        always: capture replicated writes too (ENABLE ALWAYS).
+        model: ``module:Class``, a pydantic model of the row.
+    """
+
+    ops: Annotated[tuple[CaptureOp, ...], Distinct] = ALL_CAPTURE_OPS
+    image: Literal["diff", "full"] = "diff"
+    exclude: tuple[str, ...] = ()
+    mask: dict[str, Literal["hash", "redact"]] = Field(default_factory=dict)
+    when: dict[CaptureOp, str] = Field(default_factory=dict)
+    key: Annotated[tuple[str, ...], Distinct] | None = None
+    delivery: Literal["durable", "ephemeral"] = "durable"
+    always: bool = False
+    model: str | None = None
+
+    _exclude = not_supported_yet("exclude", except_for=((),))
+    _mask = not_supported_yet("mask", except_for=({},))
+    _when = not_supported_yet("when", except_for=({},))
+    _delivery = not_supported_yet("delivery", except_for=("durable",))
+    _model = not_supported_yet("model")
+
+
+def _all_defaults(value: object) -> object:
+    """``public.customers:`` with nothing behind it says what ``public.customers: {}`` says."""
+    return {} if value is None else value
+
+
+class DatabaseConfig(StrictModel):
+    """One source database.
+
+    Attributes:
+        dsn: connection string of the daemon; see `resolved_dsn` for the one to use.
+        dsn_file: the file it was read from instead.
+        migrate_dsn: connection string for migrate and uninstall; see `resolved_migrate_dsn`.
+        tables: pattern → how the tables it covers are captured, in the order of the file.
+        notify: when the triggers ring: while somebody listens, on every commit, never.
+        notify_payload: what they say: the change, or only that there is one.
+        channel: name of the NOTIFY channel.
+        retention: seconds an event is kept after delivery.
+    """
+
+    dsn: Dsn | None = None
+    dsn_file: Annotated[DsnFile, BeforeValidator(read_dsn_file)] | None = Field(default=None, validate_default=True)
+    migrate_dsn: Dsn | None = None
+    tables: dict[TablePattern, Annotated[TableConfig, BeforeValidator(_all_defaults)]] = Field(min_length=1)
+    notify: Literal["adaptive", "always", "off"] = "adaptive"
+    notify_payload: Literal["diff", "wake"] = "diff"
+    channel: str = "cdc"
+    retention: Duration = 86_400.0
+
+    @field_validator("dsn_file")
+    @classmethod
+    def _either_dsn_or_file(cls, value: DsnFile | None, info: ValidationInfo) -> DsnFile | None:
+        if "dsn" in info.data:  # otherwise it is there, and wrong, and has a finding of its own
+            if value is None and info.data["dsn"] is None:
+                raise ValueError("no connection string (write dsn or dsn_file)")
+            if value is not None and info.data["dsn"] is not None:
+                raise ValueError("given beside dsn (keep one of the two)")
+        return value
+
+    @field_validator("channel")
+    @classmethod
+    def _channel_fits(cls, value: str) -> str:
+        if not 1 <= len(value.encode()) <= NAME_BYTES:
+            raise ValueError(f"not a channel name (1 to {NAME_BYTES} bytes)")
+        return value
+
+    @property
+    def resolved_dsn(self) -> SecretStr:
+        """The connection string of the daemon, written as ``dsn`` or read from ``dsn_file``."""
+        dsn = self.dsn_file.dsn if self.dsn_file else self.dsn
+        if dsn is None:  # only model_construct() gets here
+            raise ValueError("a database without a connection string")
+        return dsn
+
+    @property
+    def resolved_migrate_dsn(self) -> SecretStr:
+        """The connection string for migrate and uninstall."""
+        return self.migrate_dsn or self.resolved_dsn
+
+    def describe(self) -> str:
+        """Where the database is, fit for logs: ``host=db1 port=5433 dbname=shop`` or ``embedded:DIR``.
+
+        Users, passwords and every other parameter are left out.
+        """
+        return describe(self.resolved_dsn)
+
+    def options_for(self, schema: str, table: str) -> TableConfig | None:
+        """How a table is captured, or None when no pattern covers it.
+
+        The name of the table itself beats a glob; among globs the first of the file wins.
+        """
+        covering = [pattern for pattern in self.tables if matches(pattern, schema, table)]
+        if not covering:
+            return None
+        return self.tables[next((pattern for pattern in covering if not is_glob(pattern)), covering[0])]
+
+
+class LogConfig(StrictModel):
+    """What is logged and in which shape."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class _UnknownSink(SinkOptions):
+    """Stands in for a sink whose type is missing or names no model: its shared fields are checked."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    @field_validator("type")
+    @classmethod
+    def _refuse(cls, value: str, info: ValidationInfo) -> str:
+        known = _registry(info)
+        if value in SINK_TYPES:
+            raise ValueError(f"not supported yet (this version has {listed(known)})")
+        raise ValueError(f"unknown sink type ({known_words(value, known, SINK_TYPES)})")
+
+
+def _registry(info: ValidationInfo) -> Mapping[str, type[SinkOptions]]:
+    """The sinks this program has, as `Config.model_validate` was handed them: ``context={"sink_types": …}``."""
+    registry: Mapping[str, type[SinkOptions]] = (info.context or {}).get("sink_types", {})
+    return registry
+
+
+def _sink(value: object, info: ValidationInfo) -> SinkOptions:
+    if isinstance(value, SinkOptions):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    model = _registry(info).get(kind) if isinstance(kind, str) else None
+    return (model or _UnknownSink).model_validate(value, context=info.context)
+
+
+class Config(StrictModel):
+    """The whole file.
+
+    Attributes:
+        databases: name → source database; at least one.
+        sinks: name → options of the model its type names, a subclass of `SinkOptions`; at least one.
+        http: metrics, health and console.
+        log: what is logged and in which shape.
+    """
+
+    databases: dict[Name, DatabaseConfig] = Field(min_length=1)
+    sinks: dict[Name, Annotated[SerializeAsAny[SinkOptions], BeforeValidator(_sink)]] = Field(min_length=1)
+    http: object = None
+    log: LogConfig = LogConfig()
+
+    _http = not_supported_yet("http")

@@ -1,0 +1,40 @@
+"""How findings and logs are worded: lists of words, guesses at what was meant, names fit to be shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def listed(words: Iterable[str], last: str = "and") -> str:
+    """``a, b and c``, or ``nothing``."""
+    *others, final = list(words) or ["nothing"]
+    return f"{', '.join(others)} {last} {final}" if others else final
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The word that was probably meant, as a question; empty when none comes near."""
+    near = get_close_matches(word.lower(), list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def known_words(word: str, known: Iterable[str], also: tuple[str, ...] = ()) -> str:
+    """The cure for a word nobody knows: the words there are, and the one that was probably meant."""
+    words = list(known)
+    return cure(f"known: {', '.join(words)}", nearest(word, [*words, *also]))
+
+
+def cure(*parts: str) -> str:
+    """What would be right, said in several parts; empty ones are left out."""
+    return "; ".join(filter(None, parts))
+
+
+def printable(text: str) -> str:
+    """A key or a file name on one line; a connection string in the wrong place is not shown at all."""
+    if re.search(r"://[^/]*@|pass(word|file)?\s*=", text):
+        return "***"
+    if not text:
+        return '""'
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= 120 else f"{shown[:119]}…"
