@@ -37,6 +37,7 @@ _SETTINGS = (
 )
 
 _SQLSTATE_FENCED = "CDC01"
+_SQLSTATE_FORBIDDEN = "42501"
 _SQLSTATES_NOT_INSTALLED = {"3F000", "42P01", "42883"}
 # Connection exceptions, operator intervention (shutdown, crash, starting up), too many connections.
 _UNREACHABLE_CLASSES = ("08", "57P", "53300")
@@ -194,6 +195,8 @@ class Connection:
             return Fenced(message)
         if sqlstate in _SQLSTATES_NOT_INSTALLED and "cdc" in message:
             return NotInstalled(f"{message} (run `cdc migrate`)")
+        if sqlstate == _SQLSTATE_FORBIDDEN and "cdc" in message:
+            return DatabaseError(f"{message} (grant cdc_reader to this role, as `cdc migrate` does)")
         return DatabaseError(message)
 
 

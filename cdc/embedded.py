@@ -97,9 +97,7 @@ def directory_of(dsn: str) -> Path | None:
         raise EmbeddedError(f"{dsn}: {error}") from error
 
 
-def start(
-    directory: Path, *, settings: Mapping[str, str] | None = None, timeout: float = 60.0
-) -> EmbeddedServer:
+def start(directory: Path, *, settings: Mapping[str, str] | None = None, timeout: float = 60.0) -> EmbeddedServer:
     """Return a handle on the server of ``directory``, initialised and started as needed.
 
     Args:

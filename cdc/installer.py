@@ -103,75 +103,117 @@ def migrate(
         InstallError: nothing was changed; the message says what to do.
         DatabaseUnreachable, NotPrimary: as :class:`cdc.connection.Connection`.
     """
+    migration = _Migration(name, database, sinks, _daemon_role(dsn, reader_dsn), upgrade or upgrade_to_head, triggers)
     for attempt in range(1, ATTEMPTS + 1):
         with Connection(dsn, purpose="migrate") as connection, Connection(dsn, purpose="migrate watch") as watch:
             try:
-                with _transaction(connection) as transaction:
-                    return _migrate(
-                        transaction,
-                        connection,
-                        name,
-                        database,
-                        reader_dsn=reader_dsn,
-                        sinks=sinks,
-                        upgrade=upgrade,
-                        triggers=triggers,
-                    )
+                return migration.run(connection)
             except CommandError as refusal:
                 raise InstallError(
                     f"{first_line(refusal)} (if a newer cdc has migrated this database, install that one)"
                 ) from None
-            except (psycopg2.Error, DBAPIError, DatabaseError) as raised:
+            except (psycopg2.Error, DBAPIError) as raised:
                 error = raised.orig if isinstance(raised, DBAPIError) else raised
-                if isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected | pg.QueryCanceled):
-                    reason = f"a lock could not be had in {LOCK_TIMEOUT:g} s: {_in_the_way(watch)}"
-                    if attempt == ATTEMPTS:
-                        raise InstallError(f"{reason}; nothing was changed (run `cdc migrate` again later)") from None
-                    on_wait(f"{name}: {reason}; trying again")
-                elif isinstance(error, pg.InsufficientPrivilege):
-                    raise InstallError(f"{first_line(error)}: {_TRIGGER_RIGHTS}") from None
-                elif isinstance(error, DatabaseError):
-                    raise
-                elif connection.raw.closed:
-                    raise DatabaseUnreachable(f"connection lost: {first_line(error or raised)}") from None
-                else:
-                    raise InstallError(first_line(error or raised)) from None
+                message = first_line(error or raised)
+                if isinstance(error, pg.InsufficientPrivilege):
+                    raise InstallError(f"{message}: {_TRIGGER_RIGHTS}") from None
+                if connection.raw.closed:
+                    raise DatabaseUnreachable(f"connection lost: {message}") from None
+                if not isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected):
+                    raise InstallError(message) from None
+                reason = f"a lock could not be had in {LOCK_TIMEOUT:g} s: {_in_the_way(watch, migration.at)}"
+                if attempt == ATTEMPTS:
+                    raise InstallError(f"{reason}; nothing was changed (run `cdc migrate` again later)") from None
+                on_wait(f"{name}: {reason}; trying again")
         time.sleep(PAUSE)
     raise AssertionError("unreachable")
 
 
-def _migrate(
-    transaction: SqlConnection,
-    connection: Connection,
-    name: str,
-    database: DatabaseConfig,
-    *,
-    reader_dsn: str,
-    sinks: Mapping[str, str],
-    upgrade: Callable[[SqlConnection], None] | None,
-    triggers: bool,
-) -> list[Change]:
-    with connection.raw.cursor() as cursor:
-        cursor.execute("select set_config('lock_timeout', %s, true)", (f"{LOCK_TIMEOUT:g}s",))
-        # Two migrations at once would only trip over each other.
-        cursor.execute("select pg_advisory_xact_lock(6513765, 1)")
-    before = _revision(transaction)
-    (upgrade or upgrade_to_head)(transaction)
-    after = _revision(transaction)
-    changes = [] if before == after else [Change("schema cdc", f"revision {before or 'none'} → {after or 'none'}")]
-    if after != head() or not triggers:
-        return changes
-    with connection.raw.cursor() as cursor:
-        cursor.execute("update cdc.installation set database_name = %s where database_name <> %s", (name, name))
-        changes += reconcile(cursor, database)
-        for sink, start in sinks.items():
+@dataclass(slots=True)
+class _Migration:
+    """What is to be done to one database, in one transaction.
+
+    Attributes:
+        at: the table being worked on, as its oid and name; whose lock it is that could not be had.
+    """
+
+    name: str
+    database: DatabaseConfig
+    sinks: Mapping[str, str]
+    daemon_role: str | None
+    upgrade: Callable[[SqlConnection], None]
+    triggers: bool
+    at: tuple[int, str] | None = None
+
+    def run(self, connection: Connection) -> list[Change]:
+        """All of it or nothing; raises what the server says."""
+        self.at = None
+        with _transaction(connection) as transaction, connection.raw.cursor() as cursor:
+            cursor.execute("select set_config('lock_timeout', %s, true)", (f"{LOCK_TIMEOUT:g}s",))
+            # Two migrations at once would only trip over each other.
+            cursor.execute("select pg_advisory_xact_lock(6513765, 1)")
+            before = _revision(transaction)
+            self.upgrade(transaction)
+            after = _revision(transaction)
+            changes = []
+            if before != after:
+                changes.append(Change("schema cdc", f"revision {before or 'none'} → {after or 'none'}"))
+            if self.triggers and after == head():
+                cursor.execute(
+                    "update cdc.installation set database_name = %(name)s where database_name <> %(name)s",
+                    {"name": self.name},
+                )
+                changes += [*self._reconcile(cursor), *self._register_sinks(cursor), *self._grant_reader(cursor)]
+            return changes
+
+    def _reconcile(self, cursor: ext.cursor) -> Iterator[Change]:
+        """Make the triggers equal to the configuration."""
+        cursor.execute(QUERIES["candidate_tables"])
+        targets = resolve(cursor.fetchall(), self.database)
+        for target in targets:
+            self.at = (target.oid, target.name)
+            try:
+                cursor.execute(QUERIES["enable_capture"], _arguments(target, self.database))
+            except (pg.WrongObjectType, pg.UndefinedColumn, pg.InvalidParameterValue) as error:
+                raise InstallError(first_line(error)) from None
+            yield Change(target.name, _fetch_text(cursor))
+        wanted = {target.oid for target in targets}
+        cursor.execute(QUERIES["captured"])
+        for relation, schema, table in cursor.fetchall():
+            if relation not in wanted:
+                self.at = (relation, f"{schema}.{table}")
+                cursor.execute("select cdc.disable_capture(%s::oid::regclass)", (relation,))
+                yield Change(f"{schema}.{table}", _fetch_text(cursor))
+        self.at = None
+
+    def _register_sinks(self, cursor: ext.cursor) -> Iterator[Change]:
+        for sink, start in self.sinks.items():
             cursor.execute(QUERIES["register_sink"], {"sink": sink, "start": start})
             if cursor.fetchall():
-                changes.append(
-                    Change(f"sink {sink}", f"starts {'here' if start == 'now' else 'at the earliest event'}")
-                )
-        changes += _grant_reader(cursor, ext.parse_dsn(reader_dsn).get("user"))
-    return changes
+                yield Change(f"sink {sink}", f"starts {'here' if start == 'now' else 'at the earliest event'}")
+
+    def _grant_reader(self, cursor: ext.cursor) -> Iterator[Change]:
+        """Make the daemon's role a member of cdc_reader, where it is another than the one that migrates."""
+        cursor.execute(
+            "select pg_has_role(rolname, 'cdc_reader', 'member') from pg_roles"
+            " where rolname = %s and rolname <> current_user",
+            (self.daemon_role,),
+        )
+        if cursor.fetchone() == (False,):
+            cursor.execute(sql.SQL("grant cdc_reader to {}").format(sql.Identifier(self.daemon_role or "")))
+            yield Change(f"role {self.daemon_role}", "granted cdc_reader")
+
+
+def _daemon_role(dsn: str, reader_dsn: str) -> str | None:
+    """The daemon's role, where it has a connection string of its own."""
+    if reader_dsn == dsn:
+        return None
+    try:
+        # Asking the server knows of PGUSER, service files and the like.
+        with Connection(reader_dsn, purpose="migrate") as connection:
+            return connection.raw.info.user
+    except DatabaseError:
+        return ext.parse_dsn(reader_dsn).get("user")
 
 
 @contextmanager
@@ -270,58 +312,21 @@ def _arguments(target: Target, database: DatabaseConfig) -> dict[str, object]:
     }
 
 
-def reconcile(cursor: ext.cursor, database: DatabaseConfig) -> list[Change]:
-    """Make the triggers of one database equal to the configuration, inside the caller's transaction.
-
-    Raises:
-        InstallError: a table that is not there, or that cannot be captured.
-        psycopg2.Error: whatever the server says.
-    """
-    cursor.execute(QUERIES["candidate_tables"])
-    targets = resolve(cursor.fetchall(), database)
-    changes = []
-    for target in targets:
-        try:
-            cursor.execute(QUERIES["enable_capture"], _arguments(target, database))
-        except (pg.WrongObjectType, pg.UndefinedColumn, pg.InvalidParameterValue) as error:
-            raise InstallError(first_line(error)) from None
-        changes.append(Change(target.name, _fetch_text(cursor)))
-    wanted = {target.oid for target in targets}
-    cursor.execute(QUERIES["captured"])
-    for relation, schema, table in cursor.fetchall():
-        if relation not in wanted:
-            cursor.execute("select cdc.disable_capture(%s::oid::regclass)", (relation,))
-            changes.append(Change(f"{schema}.{table}", _fetch_text(cursor)))
-    return changes
-
-
 def _fetch_text(cursor: ext.cursor) -> str:
     row = cursor.fetchone()
     return str(row[0]) if row else ""
 
 
-def _grant_reader(cursor: ext.cursor, role: str | None) -> list[Change]:
-    """Make the daemon's role a member of cdc_reader, where it is another than the one that migrates."""
-    if role is None:
-        return []
-    cursor.execute(
-        "select pg_has_role(rolname, 'cdc_reader', 'usage') from pg_roles"
-        " where rolname = %s and rolname <> current_user",
-        (role,),
-    )
-    row = cursor.fetchone()
-    if row is None or row[0]:
-        return []
-    cursor.execute(sql.SQL("grant cdc_reader to {}").format(sql.Identifier(role)))
-    return [Change(f"role {role}", "granted cdc_reader")]
-
-
-def _in_the_way(watch: Connection) -> str:
-    rows = watch.query(QUERIES["in_the_way"])
-    if not rows:
-        return "whoever held it has ended meanwhile"
+def _in_the_way(watch: Connection, table: tuple[int, str] | None) -> str:
+    """Who holds the lock that could not be had, for people."""
+    if table is None:
+        return "another migration is at work on this database or its cluster"
+    relation, name = table
+    holders = watch.query(QUERIES["in_the_way"], {"relation": relation})
+    if not holders:
+        return f"{name} was in use by somebody who has ended meanwhile"
     return "; ".join(
-        f"{table} is in use by pid {pid} ({who}, {state}, for {age:.0f} s)" for table, pid, who, state, age in rows
+        f"{name} is in use by pid {pid} ({who}, {state}, for {age:.0f} s)" for pid, who, state, age in holders
     )
 
 

@@ -17,7 +17,8 @@ States of the bell, and what moves it::
               every pipeline found nothing for SETTLE seconds, and the lock was free
       awake ────────────────────────────────────────────────────────────────────────▶ armed
             ◀────────────────────────────────────────────────────────────────────────
-              full batches · more than BUSY_RATE notifications a second · queue half full · connection lost
+              full batches · more than BUSY_RATE notifications a second · queue half full · nobody left to wake
+              · connection lost
 
 On each failure: a lost connection takes the lock with it, so writers fall silent in the same moment in which nobody
 would hear them; pipelines poll until the listener is back. A notification that does not come back to its own sender
@@ -109,14 +110,17 @@ class Bell:
 
     def join(self, sleeper: Sleeper) -> None:
         """Take part: the bell is not armed before this pipeline has found nothing to do."""
+        sleeper.idle = False
         with self._lock:
-            self._sleepers.append(sleeper)
+            if sleeper not in self._sleepers:
+                self._sleepers.append(sleeper)
 
     def leave(self, sleeper: Sleeper) -> None:
         """Stop taking part; a pipeline that serves nothing must not keep the others awake."""
         with self._lock:
             if sleeper in self._sleepers:
                 self._sleepers.remove(sleeper)
+        self._knock()
 
     def looking(self, sleeper: Sleeper) -> None:
         """Say that a look into the book begins now. Wake-ups from here on count for the next rest."""
@@ -180,6 +184,11 @@ class Bell:
         """Whether everybody sleeps."""
         return self.armed_since is None and self._settled()
 
+    def should_disarm(self) -> bool:
+        """Whether being rung is of no use: more is coming than rings are good for, or nobody is left to be woken."""
+        with self._lock:
+            return self.crowded or not self._sleepers
+
     def _settled(self) -> bool:
         now = time.monotonic()
         with self._lock:
@@ -215,6 +224,9 @@ class Listener(threading.Thread):
                     )
                 except CdcError as error:
                     log.error("The bell is out of order; polling instead.", extra=self._fields(error=str(error)))
+                    self._stop_event.wait(SELF_TEST_INTERVAL)
+                except Exception:
+                    log.exception("The bell failed as it should not; polling instead.", extra=self._fields())
                     self._stop_event.wait(SELF_TEST_INTERVAL)
         finally:
             self._bell.disarm()
@@ -263,13 +275,13 @@ class Listener(threading.Thread):
             if now >= next_test:
                 next_test = now + SELF_TEST_INTERVAL
                 self._self_test(connection)
+            # Whatever the socket says: a query reads the rings that arrive along with its answer.
+            self._hear(connection)
+            if self._bell.mode == "adaptive":
+                self._set_bell(connection)
             ready = {fd for fd, _ in poller.poll(max(0.0, min(next_gauge, next_test) - time.monotonic()) * 1000)}
             if self._knock_read in ready:
                 os.read(self._knock_read, 4096)
-            if connection.fileno() in ready:
-                self._hear(connection)
-            if self._bell.mode == "adaptive":
-                self._set_bell(connection)
 
     def _hear(self, connection: Connection) -> None:
         for _, payload in connection.notifications():
@@ -282,7 +294,7 @@ class Listener(threading.Thread):
                 continue
             try:
                 self._bell.wake(Event.from_json(payload) if payload else None)
-            except ValueError:
+            except Exception:  # noqa: BLE001  anybody may have written it, and everybody must be woken
                 if not self.malformed:
                     log.warning("A notification is not an event; it only wakes.", extra=self._fields())
                 self.malformed += 1
@@ -292,7 +304,8 @@ class Listener(threading.Thread):
         now = time.monotonic()
         busy = self._burst > BUSY_RATE * SETTLE and now - self._burst_began <= SETTLE
         if self._bell.armed_since is not None:
-            if busy or self._bell.crowded:
+            # What these queries read along is not lost: arming and disarming wake everybody, and refused we poll.
+            if busy or self._bell.should_disarm():
                 self._disarm(connection)
         elif now >= self._hold_until and not busy and self._bell.should_arm():
             if connection.query(QUERIES["arm"])[0][0]:

@@ -38,7 +38,7 @@ from cdc.errors import (
     SinkDisabled,
     TransientFailure,
 )
-from cdc.event import Event
+from cdc.event import Event, Op, join_object, split_row
 from cdc.listener import Bell, Sleeper
 from cdc.options import SinkOptions
 from cdc.outbox import Batch, Outbox, Unreadable
@@ -86,11 +86,7 @@ class Pipeline(threading.Thread):
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
 
     def run(self) -> None:
-        try:
-            keep_alive(self._serve, CdcError, maximum=10.0, stop=self._stop_event, before_sleep=self._lost)
-        finally:
-            self._bell.leave(self._sleeper)
-            self._sink.close()
+        keep_alive(self._serve, CdcError, maximum=10.0, stop=self._stop_event, before_sleep=self._lost)
 
     def interrupt(self) -> None:
         """End the current wait, so that a stop request is noticed."""
@@ -121,15 +117,25 @@ class Pipeline(threading.Thread):
                 # The session is good, the server says no: let it be seen where people look.
                 self._become(outbox, "retrying", str(error))
                 raise
+            except CdcError:
+                raise
+            except Exception as error:
+                # The thread must outlive a bug of ours: nobody else would serve the sink.
+                log.exception("The pipeline failed as it should not; starting again.", extra=self._fields())
+                self._become(outbox, "retrying", f"unexpected {type(error).__name__}")
+                raise CdcError(f"unexpected {type(error).__name__}") from None
             finally:
                 self._bell.leave(self._sleeper)
-                self._sink.close()
+                self._close_sink()
 
     def _loop(self, outbox: Outbox) -> None:
         limits = self._options.batch
         acked: int | None = None
-        while not self._stop_event.is_set():
+        while True:
+            # In this order: a stop request that comes after its flag was read ends the next rest.
             self._bell.looking(self._sleeper)
+            if self._stop_event.is_set():
+                break
             batch = outbox.next_batch(acked, events=limits.events, bytes_=limits.bytes)
             self._become(outbox, "running")
             if batch is None:
@@ -160,7 +166,8 @@ class Pipeline(threading.Thread):
 
     def _wants(self, event: Event) -> bool:
         source = event.source
-        return self._options.wants(source.database, source.schema_name, source.table, event.op.value)
+        # A notification may still carry the database's former name; which database it is, we know.
+        return self._options.wants(self.database, source.schema_name, source.table, event.op.value)
 
     # -- delivery -----------------------------------------------------------------------------------------------
 
@@ -170,6 +177,7 @@ class Pipeline(threading.Thread):
         def failed(error: BaseException, wait: float) -> None:
             if self.state != "retrying":
                 log.warning("The sink fails; retrying.", extra=self._fields(error=str(error), retry_in=round(wait, 1)))
+            self._bell.leave(self._sleeper)  # waiting for a sink must not keep the others awake
             self._become(outbox, "retrying", str(error))
 
         def attempt() -> Any:
@@ -188,6 +196,7 @@ class Pipeline(threading.Thread):
         result = attempts(attempt)
         if self.state == "retrying":
             log.info("The sink works again.", extra=self._fields())
+            self._bell.join(self._sleeper)
             self._become(outbox, "running")
         return result
 
@@ -216,7 +225,8 @@ class Pipeline(threading.Thread):
         return []
 
     def _sort_out(self, outbox: Outbox, batch: list[Event], error: PartialFailure) -> list[Event]:
-        held: set[tuple[str, str, str]] = set()
+        held: dict[tuple[str, str], set[str]] = {}  # table → keys that wait
+        closed: set[tuple[str, str]] = set()  # tables of which an event without a key waits
         again: list[Event] = []
         transient: TransientFailure | None = None
         for index, event in enumerate(batch):
@@ -224,13 +234,18 @@ class Pipeline(threading.Thread):
             if isinstance(failure, PermanentFailure):
                 self._give_up(outbox, event, failure)
                 continue
+            table, keys = _reach(event)
+            waits = table in closed or (table in held and (not keys or not keys.isdisjoint(held[table])))
             if isinstance(failure, TransientFailure):
                 transient = failure
-                held.add(_lane(event))
-            if _lane(event) in held:
-                again.append(event)
-            elif self._on_delivered:
-                self._on_delivered([event])
+            elif not waits:
+                if self._on_delivered:
+                    self._on_delivered([event])
+                continue
+            again.append(event)
+            held.setdefault(table, set()).update(keys)
+            if not keys:
+                closed.add(table)
         if transient is not None and len(again) == len(batch):
             raise transient  # nothing moved: wait before the next attempt
         if transient is not None:
@@ -260,10 +275,23 @@ class Pipeline(threading.Thread):
         self.state = "waiting"
         log.log(level, "The pipeline is interrupted.", extra=self._fields(error=str(error), retry_in=round(wait, 1)))
 
+    def _close_sink(self) -> None:
+        try:
+            self._sink.close()
+        except Exception:
+            log.exception("The sink could not be closed.", extra=self._fields())
+
     def _fields(self, **fields: object) -> dict[str, object]:
         return {"fields": {"database": self.database, "sink": self.sink, **fields}}
 
 
-def _lane(event: Event) -> tuple[str, str, str]:
-    """What must stay in order: one key of one table; without a key, the whole table."""
-    return (event.source.schema_name, event.source.table, event.key.raw if event.key else "")
+def _reach(event: Event) -> tuple[tuple[str, str], set[str]]:
+    """What must stay in order with an event: its table, and its key before and after; no key: all of the table."""
+    table = (event.source.schema_name, event.source.table)
+    if event.key is None:
+        return table, set()
+    keys = {event.key.raw}
+    if event.op is Op.UPDATE and event.before is not None:
+        was = split_row(event.before.raw)
+        keys.add(join_object({name: was.get(name, value) for name, value in split_row(event.key.raw).items()}))
+    return table, keys

@@ -80,7 +80,7 @@ def migrate_all(
     for name, reason in failed.items():
         click.echo(f"error: {name}: {reason}", err=True)
     if failed and len(names) > 1:
-        click.echo(
-            f"{len(names) - len(failed)} of {len(names)} databases migrated; failed: {', '.join(failed)}", err=True
-        )
+        width = max(map(len, names))
+        for name in names:
+            click.echo(f"{name:<{width}}  {'failed, left as it was' if name in failed else 'done'}", err=True)
     return failed

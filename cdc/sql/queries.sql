@@ -148,17 +148,19 @@ select state from cdc.capture_plan(%(relation)s::oid::regclass, %(ops)s, %(image
 select relation::bigint, schema_name, table_name from cdc.captured order by schema_name, table_name;
 
 -- name: in_the_way
--- Who holds locks on captured or ordinary tables that a trigger cannot be made beside, longest first.
-select distinct on (a.pid) l.relation::regclass::text, a.pid, coalesce(nullif(a.application_name, ''), a.usename, '?'),
-       coalesce(a.state, '?'), extract(epoch from clock_timestamp() - a.xact_start)::float8
+-- Who holds locks on a table, or on a partition of it, that a trigger cannot be made beside; longest first.
+select a.pid, coalesce(nullif(a.application_name, ''), a.usename, '?'), coalesce(a.state, '?'),
+       extract(epoch from clock_timestamp() - a.xact_start)::float8
   from pg_catalog.pg_locks l
   join pg_catalog.pg_stat_activity a on a.pid = l.pid
-  join pg_catalog.pg_class c on c.oid = l.relation and c.relkind in ('r', 'p')
- where l.granted and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
-   and l.mode not in ('AccessShareLock', 'RowShareLock') and a.xact_start < clock_timestamp() - interval '1 second'
-   and c.relnamespace <> 'pg_catalog'::regnamespace and a.pid <> pg_backend_pid()
+ where l.granted and l.locktype = 'relation'
+   and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+   and l.relation = any (array(select %(relation)s::bigint::oid
+                               union select t.relid::oid from pg_partition_tree(%(relation)s::bigint::oid::regclass) t))
+   and l.mode not in ('AccessShareLock', 'RowShareLock')
    and a.application_name not like 'cdc migrate%%'
- order by a.pid, a.xact_start
+ group by a.pid, a.application_name, a.usename, a.state, a.xact_start
+ order by a.xact_start
  limit 5;
 
 -- name: oldest_pending

@@ -524,7 +524,7 @@ def test_the_second_signal_ends_at_once_and_what_was_in_hand_comes_again(
         daemon.wait_until("Draining")
         daemon.signal(second)
         assert daemon.end() == code
-        assert daemon.says("Second signal")
+        assert daemon.says("second signal")
     assert shop.keys() == []
     assert shop.run("run", "--until-idle").code == 0
     assert shop.keys() == [1]

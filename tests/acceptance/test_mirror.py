@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from harness import Project, Tail, percentile, read_lines, report
+from harness import Project, Tail, percentile, read_lines, report, until
 from judge import Line, Stream, check, facts_of, read_source
 from psycopg2.extensions import connection
 from workload import CAPTURED, OWN_KEY, SCHEMA, TABLES, Workload
@@ -62,15 +62,26 @@ def test_the_file_is_a_mirror_and_an_open_transaction_delays_nobody_else(mirror:
 def test_a_daemon_killed_every_second_loses_nothing_and_keeps_the_order(mirror: Project, seed: int) -> None:
     file = mirror.directory / "shop.jsonl"
     rng = random.Random(f"{seed} killer")
-    kills = 0
+    grown: list[int] = []  # by daemon: bytes it wrote
     with _workload(mirror, seed) as work:
         while work.running:
+            began = _size(file)
             with mirror.daemon() as daemon:
                 daemon.lives_for(rng.uniform(0.1, 1.0))
-            kills += 1
+                if len(grown) % 3:  # where it hurts: delivered, and perhaps not yet acknowledged
+                    size = _size(file)
+                    until(lambda: _size(file) > size or not work.running, "something is delivered", pause=0.0005)  # noqa: B023  # called at once
+            grown.append(_size(file) - began)
+    kills = len(grown)
+    by_killed = file.read_bytes().count(b"\n")
     stream = _finish(mirror, file, work, seed)
-    report(f"{kills} kills, {stream.duplicates} duplicates, {stream.duplicates / kills:.1f} per kill")
+    report(
+        f"{kills} kills, {sum(1 for size in grown if size > 0)} of them after deliveries, in all {by_killed} lines; "
+        f"{stream.duplicates} duplicates, {stream.duplicates / kills:.1f} per kill"
+    )
     assert kills >= 8
+    assert sum(1 for size in grown if size > 0) >= kills / 2, "those that were killed had hardly delivered anything"
+    assert stream.duplicates > 0, "no kill came between a delivery and its acknowledgement"
     assert stream.duplicates <= kills * BATCH
 
 
@@ -78,6 +89,10 @@ def _workload(mirror: Project, seed: int) -> Workload:
     return Workload(
         mirror.dsn, seed, SECONDS, open_at=OPEN_AT, open_for=OPEN_FOR, linger=LINGER, truncate_at=TRUNCATE_AT
     )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _finish(mirror: Project, file: Path, work: Workload, seed: int) -> Stream:

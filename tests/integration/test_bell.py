@@ -103,11 +103,10 @@ class House:
 
     def serve(self, sink: str = "audit", **options: object) -> Collector:
         collector = Collector(sink, Options.model_validate(options))
-        served = Pipeline(
-            self.dsn, database="shop", sink=collector, bell=self.bell, stop=self.stop, owner="test"
-        )
+        served = Pipeline(self.dsn, database="shop", sink=collector, bell=self.bell, stop=self.stop, owner="test")
         self.pipelines.append(served)
         served.start()
+        wait_for(lambda: served.state == "running")  # from here on it knows where it began
         return collector
 
     def end(self) -> None:
@@ -422,6 +421,7 @@ def test_a_silent_commit_at_the_very_moment_of_arming_is_delivered_at_once(
     installed: str, shop: connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener, "SETTLE", 0.004)
+    monkeypatch.setattr(listener, "SHORTEST_POLL", 0.0003)
     chance = random.Random(7)
     bell = TimedBell()
     house = House(installed, bell)
@@ -432,8 +432,11 @@ def test_a_silent_commit_at_the_very_moment_of_arming_is_delivered_at_once(
     slowest, quiet = 0.0, 0
     try:
         for id_ in range(300):
+            if house.armed:
+                insert(shop, id_ + 1000)  # a full batch
+                wait_for(lambda: not house.armed)
             insert(silent, id_)
-            quiet += not bell.armed_since
+            quiet += not house.armed
             bell.about_to_arm.clear()
             bell.about_to_arm.wait(0.03)  # not seen: armed already, and the insert rang
             spin(chance.random() * 0.002)
@@ -445,9 +448,9 @@ def test_a_silent_commit_at_the_very_moment_of_arming_is_delivered_at_once(
     finally:
         house.end()
     assert slowest < SOON
-    assert quiet > 30
-    assert bell.arms > 100
-    assert bell.disarms > 100
+    assert quiet > 100
+    assert bell.arms > 40
+    assert bell.disarms > 40
 
 
 def spin(seconds: float) -> None:
@@ -461,6 +464,7 @@ def test_random_writers_around_arming_and_disarming_never_wait_for_the_safety_po
     installed: str, shop: connection, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(listener, "SETTLE", 0.005)
+    monkeypatch.setattr(listener, "SHORTEST_POLL", 0.0003)
     house = House(installed)
     house.listen()
     sinks = [house.serve("one", batch=BatchOptions(events=2)), house.serve("two", batch=BatchOptions(events=3))]
@@ -479,7 +483,7 @@ def test_random_writers_around_arming_and_disarming_never_wait_for_the_safety_po
                 else:
                     conn.commit()
                     committed[id_] = time.monotonic()
-                spin(chance.choice([0, 0.005, 0.02]) * chance.random())
+                spin(chance.choice([0, 0.02, 0.04]) * chance.random())
             conn.close()
         except BaseException as error:
             failures.append(error)
@@ -552,7 +556,9 @@ def test_a_transaction_that_rings_more_than_it_may_wakes_those_who_want_only_its
     house.listen()
     sink = house.serve(tables=("public.tail",))
     wait_for(lambda: house.armed)
-    fetch(shop, "begin; insert into item select i, '' from generate_series(1, 100) i; insert into tail values (1); commit")
+    fetch(
+        shop, "begin; insert into item select i, '' from generate_series(1, 100) i; insert into tail values (1); commit"
+    )
     arrives(sink, 1)
     assert len(sink.events) == 1
 
@@ -560,9 +566,7 @@ def test_a_transaction_that_rings_more_than_it_may_wakes_those_who_want_only_its
 # -- under load ---------------------------------------------------------------------------------------------------
 
 
-def test_full_batches_disarm_and_quiet_arms_again(
-    house: House, shop: connection, ear: Callable[[], list[str]]
-) -> None:
+def test_full_batches_disarm_and_quiet_arms_again(house: House, shop: connection, ear: Callable[[], list[str]]) -> None:
     house.listen()
     sink = house.serve(batch=BatchOptions(events=10))
     wait_for(lambda: house.armed)
@@ -607,7 +611,7 @@ def test_a_flood_of_notifications_disarms_and_writers_fall_silent(
 def test_a_sink_that_is_down_does_not_keep_the_others_awake(house: House, shop: connection) -> None:
     house.listen()
     sink = house.serve("works")
-    down = house.serve("down", retry=RetryOptions(initial=0.2, max=60.0))
+    down = house.serve("down", retry=RetryOptions.model_validate({"initial": "200ms", "max": "1s"}))
     wait_for(lambda: house.armed)
     down.broken = True
     insert(shop, 1)
@@ -683,7 +687,7 @@ MALFORMED = [
     "null",
     '{"version": 1}',
     "{" * 7000,
-    '{"a":' * 1500 + "1" + "}" * 1500,
+    '{"a":' * 1200 + "1" + "}" * 1200,
     "[" * 7000,
     '{"a": 1e99999999999999999999}',
     '{"key": 1e99999999999999999999}',
@@ -790,7 +794,8 @@ def test_stopping_ends_every_thread_and_gives_every_lock_back(house: House, shop
         lambda: (
             value(
                 shop,
-                "select count(*) from pg_stat_activity where datname = current_database() and application_name ~ '^cdc '",
+                """select count(*) from pg_stat_activity
+                    where datname = current_database() and application_name ~ '^cdc '""",
             )
             == 0
         )
@@ -884,9 +889,7 @@ def test_two_houses_on_one_database_both_get_everything(installed: str, house: H
 # -- modes --------------------------------------------------------------------------------------------------------
 
 
-def test_notify_off_polls_and_never_rings(
-    installed: str, shop: connection, ear: Callable[[], list[str]]
-) -> None:
+def test_notify_off_polls_and_never_rings(installed: str, shop: connection, ear: Callable[[], list[str]]) -> None:
     fetch(shop, "select cdc.enable_capture('item', notify => 'off')")
     house = House(installed, Bell("off"))  # the daemon starts no listener then
     sink = house.serve()
@@ -975,9 +978,7 @@ def test_a_payload_that_does_not_fit_is_the_stub(
     assert sizes[100_000]
 
 
-def test_a_key_too_long_for_the_stub_rings_without_a_payload(
-    shop: connection, ear: Callable[[], list[str]]
-) -> None:
+def test_a_key_too_long_for_the_stub_rings_without_a_payload(shop: connection, ear: Callable[[], list[str]]) -> None:
     fetch(
         shop,
         """create table wide (v text, primary key (v));

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg2
 import pytest
 from click.testing import CliRunner, Result
-from conftest import Server
 from psycopg2 import sql
 from psycopg2.extensions import connection, make_dsn
 
@@ -25,6 +24,9 @@ from cdc import installer, listener
 from cdc.cli import main
 from cdc.embedded import start
 from cdc.errors import DatabaseUnreachable
+
+if TYPE_CHECKING:
+    from conftest import Server
 
 UNREACHABLE = "host=127.0.0.1 port=1 dbname=shop user=cdc password=hunter2"
 ORDERS = {"public.orders": {}}

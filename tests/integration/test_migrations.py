@@ -59,15 +59,17 @@ _DESCRIPTION = {
           from pg_namespace s where s.nspname = 'cdc'
     """,
     "role": """
-        select rolname, concat_ws(' ', 'may', case when rolsuper then 'everything' end,
-                                  case when rolinherit then 'inherit' end, case when rolcreaterole then 'createrole' end,
-                                  case when rolcreatedb then 'createdb' end, case when rolcanlogin then 'login' end,
-                                  case when rolreplication then 'replicate' end, case when rolbypassrls then 'bypassrls' end)
+        select rolname,
+               concat_ws(' ', 'may', case when rolsuper then 'everything' end, case when rolinherit then 'inherit' end,
+                         case when rolcreaterole then 'createrole' end, case when rolcreatedb then 'createdb' end,
+                         case when rolcanlogin then 'login' end, case when rolreplication then 'replicate' end,
+                         case when rolbypassrls then 'bypassrls' end)
           from pg_roles where rolname in ('cdc_capture', 'cdc_reader')
     """,
     "relation": f"""
         select c.relname,
-               case c.relkind when 'r' then 'table' when 'v' then 'view' when 'S' then 'sequence' else c.relkind::text end,
+               case c.relkind when 'r' then 'table' when 'v' then 'view' when 'S' then 'sequence'
+                              else c.relkind::text end,
                case c.relpersistence when 'p' then 'permanent' else c.relpersistence::text end,
                'options ' || coalesce(array_to_string(c.reloptions, ','), 'none'),
                'owned by ' || {_OWNER.format(owner="c.relowner")},

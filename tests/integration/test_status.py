@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg2
 import pytest
 from click.testing import CliRunner, Result
-from conftest import Server
 from psycopg2 import sql
 from psycopg2.extensions import connection, make_dsn
 
@@ -28,6 +27,9 @@ from cdc.cli.terminal import age, byte_size
 from cdc.connection import Connection
 from cdc.embedded import start
 from cdc.outbox import Outbox
+
+if TYPE_CHECKING:
+    from conftest import Server
 
 UNREACHABLE = "host=127.0.0.1 port=1 dbname=shop user=cdc password=hunter2"
 TABLES = "create table orders (id bigint primary key, status text)"
