@@ -210,7 +210,7 @@ class Pipeline(threading.Thread):
             TransientFailure: nothing was delivered; SinkDisabled; DatabaseError.
         """
         try:
-            self._sink.deliver(batch)
+            self._sink.deliver(list(batch))  # whatever the sink does with its list, ours stays
         except PermanentFailure as error:
             if len(batch) > 1:
                 # One of them is the culprit; each goes alone, the rest of the batch after it.

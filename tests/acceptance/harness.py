@@ -20,6 +20,8 @@ from cdc.sql import QUERIES
 CDC = Path(sys.executable).with_name("cdc")
 DATABASE = "shop"
 SINK = "mirror"
+SEEDS = [1]
+"""What the writers' choices come from; a seed is part of a test's name and of every violation."""
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 30.0, pause: float = 0.01) -> float:
@@ -72,6 +74,11 @@ class Project:
             yield daemon
         finally:
             daemon.kill()
+
+    def remove_output(self) -> None:
+        """Remove what was delivered: pytest keeps a test's directory for a while, and this may be large."""
+        for path in self.directory.glob("*.jsonl"):
+            path.unlink()
 
     def armed(self, conn: connection) -> bool:
         """Whether the daemon sleeps and asks to be rung."""

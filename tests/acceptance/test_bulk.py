@@ -26,9 +26,9 @@ _LINE = re.compile(
 
 @pytest.mark.parametrize("rows", [200_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_one_huge_transaction_is_delivered_whole_in_flat_memory_with_few_rings(
-    rows: int, project: Callable[..., Project], connect: Callable[..., connection]
+    rows: int, tmp_path: Path, database: str, connect: Callable[..., connection]
 ) -> None:
-    made = project({"public.bulk": {}}, "{table}.jsonl")
+    made = Project(tmp_path, database, {"public.bulk": {}}, "{table}.jsonl")
     file = made.directory / "bulk.jsonl"
     writer, ears = connect(made.dsn, autocommit=False), connect(made.dsn)
     with writer.cursor() as cursor:
@@ -70,6 +70,7 @@ def test_one_huge_transaction_is_delivered_whole_in_flat_memory_with_few_rings(
     assert 1 <= len(rings) <= MOST_RINGS
     assert memory < MOST_MEMORY
     _check_every_row(file, rows)
+    made.remove_output()
     assert "error" not in daemon.said().lower()
 
 

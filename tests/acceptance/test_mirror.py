@@ -6,12 +6,12 @@ import contextlib
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg2
 import pytest
-from harness import Project, Tail, percentile, read_lines, report, until
+from harness import SEEDS, Project, Tail, percentile, read_lines, report, until
 from judge import Line, Stream, check, facts_of, read_source
 from psycopg2.extensions import connection
 from workload import CAPTURED, OWN_KEY, SCHEMA, TABLES, Workload
@@ -27,15 +27,17 @@ LATENCY = 1.0
 
 
 @pytest.fixture
-def mirror(project: Callable[..., Project], connect: Callable[..., connection]) -> Project:
+def mirror(tmp_path: Path, database: str, connect: Callable[..., connection]) -> Iterator[Project]:
     """The writers' tables, captured."""
-    made = project(CAPTURED)
-    with connect(made.dsn).cursor() as cursor:
+    made = Project(tmp_path, database, CAPTURED, "{database}.jsonl")
+    with connect(database).cursor() as cursor:
         cursor.execute(SCHEMA)
     made.cdc("migrate")
-    return made
+    yield made
+    made.remove_output()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_file_is_a_mirror_and_an_open_transaction_delays_nobody_else(mirror: Project, seed: int) -> None:
     file = mirror.directory / "shop.jsonl"
     with Tail(file) as tail, _Armings(mirror) as armings, mirror.daemon() as daemon:
@@ -59,6 +61,7 @@ def test_the_file_is_a_mirror_and_an_open_transaction_delays_nobody_else(mirror:
     assert own < LATENCY
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_daemon_killed_every_second_loses_nothing_and_keeps_the_order(mirror: Project, seed: int) -> None:
     file = mirror.directory / "shop.jsonl"
     rng = random.Random(f"{seed} killer")

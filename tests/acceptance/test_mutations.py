@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from harness import DATABASE, Project, report
+from harness import DATABASE, SEEDS, Project, report
 from judge import (
     Altered,
     BrokenChain,
@@ -174,15 +175,17 @@ def _round(
 
 
 @pytest.fixture
-def watched(project: Callable[..., Project], connect: Callable[..., connection]) -> Project:
+def watched(tmp_path: Path, database: str, connect: Callable[..., connection]) -> Iterator[Project]:
     """The writers' tables, captured; nobody runs the daemon."""
-    made = project(CAPTURED)
-    with connect(made.dsn).cursor() as cursor:
+    made = Project(tmp_path, database, CAPTURED, "{database}.jsonl")
+    with connect(database).cursor() as cursor:
         cursor.execute(SCHEMA)
     made.cdc("migrate")
-    return made
+    yield made
+    made.remove_output()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 def test_readers_with_a_known_mistake_are_caught_and_the_real_one_is_not(watched: Project, seed: int) -> None:
     for attempt in range(ROUNDS):
         linger, round_seed = LINGER * 2**attempt, f"{seed}/{attempt}"
@@ -207,6 +210,7 @@ def test_readers_with_a_known_mistake_are_caught_and_the_real_one_is_not(watched
     check_complete(to_stream(by_xmin), committed, round_seed)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_correct_stream_is_condemned_for_whatever_is_done_to_it(watched: Project, seed: int) -> None:
     committed, source, (good,) = _round(watched, seed, 0.0, 1.0, _CorrectReader)
     events = [Event.from_json(line) for line in good]

@@ -1,4 +1,4 @@
-"""A pipeline between a real outbox and a sink that follows a script: order, retries, dead letters, states, take-over."""
+"""A pipeline between a real outbox and a sink that follows a script: order, retries, dead letters, states."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def fetch(conn: connection, statement: str, parameters: object = None) -> list[t
 
 
 def value(conn: connection, statement: str, parameters: object = None) -> Any:
-    return fetch(conn, statement, parameters)[0][0]
+    rows = fetch(conn, statement, parameters)
+    return rows[0][0] if rows else None
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 15.0) -> None:
@@ -185,20 +186,20 @@ def position(conn: connection, sink: str = "audit") -> tuple[Any, ...]:
 
 
 def status(conn: connection, sink: str = "audit") -> tuple[Any, ...]:
-    return fetch(conn, "select state, last_error from cdc.sink where name = %s", (sink,))[0]
+    rows = fetch(conn, "select state, last_error from cdc.sink where name = %s", (sink,))
+    return rows[0] if rows else (None, None)
 
 
 def caught_up(conn: connection, sink: str = "audit") -> bool:
     """Whether everything there is has been acknowledged."""
-    return bool(
-        value(
-            conn,
-            """select k.snap_hi is null and not exists (select from cdc.event e
-                        where not pg_visible_in_snapshot(e.txid, k.snap_lo))
-                 from cdc.sink k where name = %s""",
-            (sink,),
-        )
+    rows = fetch(
+        conn,
+        """select k.snap_hi is null and not exists (select from cdc.event e
+                    where not pg_visible_in_snapshot(e.txid, k.snap_lo))
+             from cdc.sink k where name = %s""",
+        (sink,),
     )
+    return rows == [(True,)]
 
 
 def dead_letters(conn: connection) -> list[tuple[Any, ...]]:
@@ -224,11 +225,14 @@ def test_what_is_written_is_delivered_in_order_and_acknowledged(shop: connection
     assert run.sink.calls == ["open", "close"]
 
 
-def test_nothing_is_acknowledged_before_the_sink_returns(shop: connection, prepare: Callable[..., Run]) -> None:
+def test_nothing_is_acknowledged_before_the_sink_returns(
+    shop: connection, prepare: Callable[..., Run], installed: str, connect: Connect
+) -> None:
     insert(shop, 1)
     run = prepare()
     seen: list[tuple[Any, ...]] = []
-    run.sink.script = lambda _: seen.append(position(shop))
+    side = connect(installed)  # of the pipeline's thread
+    run.sink.script = lambda _: seen.append(position(side))
     run.start()
     wait_for(lambda: caught_up(shop))
     ((_, snap_hi, last_seq),) = seen
@@ -516,14 +520,15 @@ def test_when_everything_is_refused_everything_becomes_a_dead_letter(
 
 
 def test_an_event_that_dies_again_is_still_one_dead_letter(
-    shop: connection, installed: str, prepare: Callable[..., Run]
+    shop: connection, prepare: Callable[..., Run], installed: str, connect: Connect
 ) -> None:
     insert(shop, 1, 2)
     run = prepare()
+    side = connect(installed)  # of the pipeline's thread
 
     def script(batch: list[Event]) -> None:
         if keys(batch) == [2]:
-            fetch(shop, "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'cdc audit'")
+            fetch(side, "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'cdc audit'")
             run.sink.script = refusing(1)
         elif 1 in keys(batch):
             raise PermanentFailure("no")
@@ -742,20 +747,21 @@ def test_a_stop_request_between_two_looks_is_not_slept_through(shop: connection,
 
 
 def test_a_backend_killed_in_mid_batch_costs_a_repetition_with_the_same_ids(
-    shop: connection, prepare: Callable[..., Run]
+    shop: connection, prepare: Callable[..., Run], installed: str, connect: Connect
 ) -> None:
     insert(shop, 1, 2, 3)
     run = prepare()
+    side = connect(installed)  # of the pipeline's thread
     killed: list[int] = []
 
     def script(batch: list[Event]) -> None:
         if not killed:
             rows = fetch(
-                shop,
+                side,
                 "select pid, pg_terminate_backend(pid) from pg_stat_activity where application_name = 'cdc audit'",
             )
             killed.extend(pid for pid, _ in rows)
-            insert(shop, 4)
+            insert(side, 4)
 
     run.sink.script = script
     run.start()
@@ -824,7 +830,7 @@ def test_a_fenced_pipeline_acknowledges_nothing_and_waits(
 
 
 def test_a_sink_the_database_refuses_shows_why_and_recovers(shop: connection, prepare: Callable[..., Run]) -> None:
-    run = prepare().start()
+    prepare().start()
     insert(shop, 1)
     wait_for(lambda: caught_up(shop))
     fetch(shop, "alter function cdc.next_batch rename to next_batch_gone")
