@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from cdc.connection import Connection
-from cdc.event import Event, Json, Op, join_object, quote, split_row
+from cdc.event import Event, Image, Json, Op, join_object, quote, split_row
 from cdc.sql import QUERIES
 
 _OPS = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE}
@@ -167,8 +167,8 @@ class Outbox:
                         "ts": datetime.fromisoformat(at),
                     },
                     "key": self._key(table, is_ or was),
-                    "before": before,
-                    "after": after,
+                    "before": None if before is None else Image(before),
+                    "after": None if after is None else Image(after),
                     "changed": changed,
                     "context": as_json(context),
                     "truncated": truncated,
@@ -188,7 +188,7 @@ class Outbox:
             }
         return self._tables[table_id]
 
-    def _key(self, table: CapturedTable, image: Mapping[str, str] | None) -> str | None:
+    def _key(self, table: CapturedTable, image: Mapping[str, str] | None) -> Image | None:
         if table.key is None or image is None:
             return None
         columns: Sequence[str] = table.key
@@ -197,7 +197,7 @@ class Outbox:
             columns = self._connection.query(QUERIES["primary_key"], {"relation": table.relation})[0][0] or ()
             if not columns or any(column not in image for column in columns):
                 return None
-        return join_object({column: image[column] for column in columns})
+        return Image(join_object({column: image[column] for column in columns}))
 
 
 _DIGITS_ONLY = str.maketrans("", "", "-:.TZ")

@@ -818,6 +818,7 @@ def test_a_fenced_pipeline_acknowledges_nothing_and_waits(
 
     run.sink.script = script
     run.start()
+    wait_for(lambda: run.sink.attempts)
     # Its connection, and with it its lock, goes when it finds out; the rival is then faster.
     wait_for(lambda: value(rival, "select pg_try_advisory_lock(6513764, id) from cdc.sink"))
     wait_for(lambda: run.sink.calls[-1:] == ["close"])

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from cdc.event import Event, Op
+from cdc.event import Event, Image, Op
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def make_event() -> Callable[..., Event]:
                     "txid": seq,
                     "ts": datetime(2026, 11, 22, tzinfo=UTC),
                 },
-                "key": f'{{"id":{seq if key is None else key}}}',
+                "key": Image(f'{{"id":{seq if key is None else key}}}'),
                 "before": None,
-                "after": f'{{"id":{seq},"text":"{text}"}}',
+                "after": Image(f'{{"id":{seq},"text":"{text}"}}'),
                 "changed": None,
                 "context": None,
             }
