@@ -82,7 +82,7 @@ def test_a_daemon_killed_every_second_loses_nothing_and_keeps_the_order(mirror: 
         f"{kills} kills, {sum(1 for size in grown if size > 0)} of them after deliveries, in all {by_killed} lines; "
         f"{stream.duplicates} duplicates, {stream.duplicates / kills:.1f} per kill"
     )
-    assert kills >= 8
+    assert kills >= 5
     assert sum(1 for size in grown if size > 0) >= kills / 2, "those that were killed had hardly delivered anything"
     assert stream.duplicates > 0, "no kill came between a delivery and its acknowledgement"
     assert stream.duplicates <= kills * BATCH
