@@ -26,7 +26,28 @@ from pydantic_core import CoreSchema, core_schema
 quote = encode_basestring
 """A text as a JSON string, non-ASCII characters as they are."""
 
-_decoder = json.JSONDecoder(parse_float=Decimal)
+
+def _whole(digits: str) -> int | Decimal:
+    try:
+        return int(digits)
+    except ValueError:  # Python refuses to convert more than 4300 digits to int
+        return Decimal(digits)
+
+
+def _fraction(digits: str) -> Decimal | str:
+    try:
+        return Decimal(digits)
+    except ArithmeticError:  # an exponent beyond Decimal's: legal JSON, and a number to nobody
+        return digits
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(parse_int=_whole, parse_float=_fraction, parse_constant=_no_number)
+# Finds where a value ends and makes nothing of its numbers.
+_scanner = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_no_number)
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -57,7 +78,7 @@ def split_object(text: str) -> dict[str, str]:
                 position = _skip(text, _expect(text, position, ","))
             name, position = scanstring(text, _expect(text, position, '"'))
             start = _skip(text, _expect(text, _skip(text, position), ":"))
-            _, end = _decoder.raw_decode(text, start)
+            _, end = _scanner.raw_decode(text, start)
             members[name] = text[start:end]
             position = _skip(text, end)
         if _skip(text, position + 1) != len(text):
@@ -118,7 +139,10 @@ class Json:
 
     @property
     def value(self) -> Any:
-        """The parsed value: whole numbers as ``int``, all other numbers as ``Decimal``, digit for digit."""
+        """The parsed value, digit for digit: whole numbers as ``int``, others as ``Decimal``.
+
+        A number neither can hold (4300 digits and more; an exponent of 19 digits) is a ``Decimal`` or its own text.
+        """
         try:
             return self._value
         except AttributeError:

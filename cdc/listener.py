@@ -151,7 +151,8 @@ class Bell:
             return  # armed after the look began: look once more
         if self._settled():
             self._knock()
-        sleeper.woken.wait(sleeper.pause)
+        # A look may be dear: it passes over what an open transaction has written. It shall not take all of a core.
+        sleeper.woken.wait(max(sleeper.pause, 2 * (time.monotonic() - sleeper.looked_at)))
         longest = sleeper.linger if self.audible else max(sleeper.linger, DEAF_POLL)
         sleeper.pause = min(sleeper.pause * 2, max(longest, SHORTEST_POLL))
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from cdc.connection import Connection
+from cdc.errors import Fenced
 from cdc.event import Event, Image, Json, Op, join_object, quote, split_row
 from cdc.sql import QUERIES
 
@@ -115,12 +116,14 @@ class Outbox:
         )
         if not rows:
             return None
-        size = sum(len(row[5] or "") + len(row[6] or "") for row in rows)
+        size = sum(_byte_length(row[5]) + _byte_length(row[6]) for row in rows)
         return Batch([self._decode(row) for row in rows], rows[-1][0], len(rows) >= events or size >= bytes_)
 
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""
-        self._connection.execute(QUERIES["acknowledge"], {"sink": self._sink, "epoch": self._epoch, "acked": acked})
+        parameters: dict[str, object] = {"sink": self._sink, "epoch": self._epoch, "acked": acked}
+        if not self._connection.query(QUERIES["acknowledge"], parameters):
+            raise Fenced(f"sink {self._sink} is served by another daemon")
 
     def set_state(self, state: str, error: str | None = None) -> None:
         """Say what the sink is doing, for `cdc status`. Raises as :meth:`next_batch`, except Fenced."""
@@ -198,6 +201,13 @@ class Outbox:
             if not columns or any(column not in image for column in columns):
                 return None
         return Image(join_object({column: image[column] for column in columns}))
+
+
+def _byte_length(text: str | None) -> int:
+    """How long PostgreSQL counts a text."""
+    if text is None:
+        return 0
+    return len(text) if text.isascii() else len(text.encode())
 
 
 _DIGITS_ONLY = str.maketrans("", "", "-:.TZ")

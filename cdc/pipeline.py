@@ -213,9 +213,10 @@ class Pipeline(threading.Thread):
             self._sink.deliver(list(batch))  # whatever the sink does with its list, ours stays
         except PermanentFailure as error:
             if len(batch) > 1:
-                # One of them is the culprit; each goes alone, the rest of the batch after it.
-                first, rest = batch[:1], batch[1:]
-                return self._attempt(outbox, first) + rest
+                # At least one of them is the culprit: halves find it in few deliveries, in order.
+                middle = len(batch) // 2
+                again = self._attempt(outbox, batch[:middle])
+                return again + batch[middle:] if again else self._attempt(outbox, batch[middle:])
             self._give_up(outbox, batch[0], error)
         except PartialFailure as error:
             return self._sort_out(outbox, batch, error)

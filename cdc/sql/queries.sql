@@ -38,9 +38,10 @@ update cdc.sink set epoch = epoch + 1, owner = %(owner)s where name = %(sink)s r
 select * from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
 
 -- name: acknowledge
--- Acknowledge without reading on: the last word of a pipeline that stops.
-update cdc.sink set last_seq = %(acked)s, delivered_at = clock_timestamp()
- where name = %(sink)s and epoch = %(epoch)s and snap_hi is not null and last_seq < %(acked)s;
+-- Acknowledge without reading on: the last word of a pipeline that stops. No row: another daemon serves the sink.
+update cdc.sink set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()
+ where name = %(sink)s and epoch = %(epoch)s and snap_hi is not null
+returning name;
 
 -- name: set_state
 -- What a sink is doing, for people; written on changes only.

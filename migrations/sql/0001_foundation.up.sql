@@ -96,7 +96,7 @@ create table cdc.sink (
   snap_lo pg_snapshot not null,
   snap_hi pg_snapshot,
   last_seq bigint not null default 0,
-  range_seq bigint, -- large windows: lowest seq of the transactions that began after snap_lo
+  range_seq bigint, -- large windows: from here on the window is found along seq
   final_seq bigint, -- last seq of the window, known once its last page has been handed out
   delivered_at timestamptz, -- when the last acknowledgement came
   owner text, -- who serves it, for people
@@ -349,6 +349,7 @@ declare
   now_snap pg_snapshot;
   ended xid8[]; -- in progress in snap_lo, ended in snap_hi
   range_count bigint;
+  list_count bigint;
   list_seq bigint;
   r record;
   handed integer := 0;
@@ -384,8 +385,9 @@ begin
                where e.txid >= pg_snapshot_xmax(s.snap_lo) and e.txid < pg_snapshot_xmax(now_snap)
                  and pg_visible_in_snapshot(e.txid, now_snap)
                limit small + 1) w;
-      select min(e.seq) into list_seq from cdc.event e where e.txid = any (ended);
-      if range_count = 0 and list_seq is null then
+      select count(*), min(w.seq) into list_count, list_seq
+        from (select e.seq from cdc.event e where e.txid = any (ended) limit small + 1) w;
+      if range_count = 0 and list_count = 0 then
         s.range_seq := null;
         exit;
       end if;
@@ -394,11 +396,13 @@ begin
          where e.txid >= pg_snapshot_xmax(s.snap_lo) and e.txid < pg_snapshot_xmax(now_snap)
            and pg_visible_in_snapshot(e.txid, now_snap);
       end if;
+      if list_count > small then
+        select min(e.seq) into list_seq from cdc.event e where e.txid = any (ended);
+      end if;
       s.snap_hi := now_snap;
       s.last_seq := least(s.range_seq, list_seq) - 1;
-      if range_count <= small then
-        s.range_seq := null;
-      end if;
+      s.range_seq := case when list_count > small then s.last_seq + 1
+                          when range_count > small then s.range_seq end;
       moved := true;
     else
       ended := array(select x from pg_snapshot_xip(s.snap_lo) as x where pg_visible_in_snapshot(x, s.snap_hi));
@@ -476,7 +480,8 @@ $$;
 
 -- cdc.rotate(retention): give the outbox's space back. Truncates the child whose turn is next when every sink is past
 -- all of it, its newest event is older than `retention`, and nobody is writing there; then, if the current child has
--- held events for a third of `retention`, begins that next child by moving the sequence. Never waits for a lock.
+-- held events for a third of `retention`, begins that next child by moving the sequence. Never waits for a lock, and
+-- does nothing while another session is at it: two that moved the sequence could move it back.
 -- Returns: what was done: 'truncated', 'turned', both, or nothing.   Writes: cdc.event_seq, a child of cdc.event.
 create function cdc.rotate(p_retention interval) returns text[]
 language plpgsql
@@ -486,15 +491,21 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
+  -- A turn that is this close to its end is left to end by itself: the sequence must not cross it under our hands.
+  margin constant bigint := 1 << 20;
   drawn bigint;
   turn bigint;
   next_leaf regclass;
   current_leaf regclass;
-  newest record;
+  newest timestamptz;
+  highest xid8;
   oldest timestamptz;
   done text[] := '{}';
   is_empty boolean;
 begin
+  if not pg_try_advisory_xact_lock(6513765, 2) then
+    return done;
+  end if;
   select q.last_value into drawn from cdc.event_seq q;
   turn := drawn >> 24;
   current_leaf := format('cdc.event_%s', turn % 3)::regclass;
@@ -506,9 +517,10 @@ begin
     execute format('lock table %s in access exclusive mode nowait', next_leaf);
     execute format('select not exists (select from %s)', next_leaf) into is_empty;
     if not is_empty then
-      execute format('select txid, captured_at from %s order by txid desc limit 1', next_leaf) into newest;
-      if newest.captured_at < clock_timestamp() - p_retention
-         and not exists (select from cdc.sink k where pg_snapshot_xmin(k.snap_lo) <= newest.txid)
+      execute format('select txid from %s order by txid desc limit 1', next_leaf) into highest;
+      execute format('select captured_at from %s order by seq desc limit 1', next_leaf) into newest;
+      if newest < clock_timestamp() - p_retention
+         and not exists (select from cdc.sink k where pg_snapshot_xmin(k.snap_lo) <= highest)
       then
         execute format('truncate table %s', next_leaf);
         is_empty := true;
@@ -519,7 +531,7 @@ begin
     return done;
   end;
 
-  if is_empty then
+  if is_empty and (drawn + margin) >> 24 = turn then
     execute format('select captured_at from %s order by seq limit 1', current_leaf) into oldest;
     if oldest < clock_timestamp() - p_retention / 3 then
       perform setval('cdc.event_seq'::regclass, (turn + 1) << 24);

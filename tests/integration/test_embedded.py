@@ -147,9 +147,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize(
-    "dsn", ["", "embedded", "host=/tmp dbname=x", "postgresql://h/embedded:x", "Embedded:x"]
-)
+@pytest.mark.parametrize("dsn", ["", "embedded", "host=/tmp dbname=x", "postgresql://h/embedded:x", "Embedded:x"])
 def test_other_dsns_name_no_directory(dsn: str) -> None:
     assert directory_of(dsn) is None
 
@@ -237,9 +235,7 @@ def test_simultaneous_first_users_get_one_server(directory: Path) -> None:
 def test_a_server_started_by_hand_is_left_running(directory: Path) -> None:
     with start(directory) as server:
         pass
-    by_hand = embedded._Cluster(
-        directory, server.bindir, server.version, embedded._service_account(directory / "data")
-    )
+    by_hand = embedded._Cluster(directory, server.bindir, server.version, embedded._service_account(directory / "data"))
     by_hand.launch({}, time.monotonic() + PATIENCE)
     by_hand.marker.unlink()
     with start(directory) as server:
@@ -258,9 +254,7 @@ def test_the_server_shares_neither_session_nor_files_with_its_user(
     assert not {directory / "start.lock", directory / "users.lock"} & set(files.values())
 
 
-def test_the_server_of_a_killed_user_is_adopted_and_stopped(
-    directory: Path, user: subprocess.Popen[str]
-) -> None:
+def test_the_server_of_a_killed_user_is_adopted_and_stopped(directory: Path, user: subprocess.Popen[str]) -> None:
     pid = postmaster(directory)
     user.kill()
     user.communicate(timeout=PATIENCE)  # returns only if the server did not inherit the pipe
@@ -337,9 +331,7 @@ def test_a_half_made_data_directory_is_made_again(directory: Path) -> None:
         assert not list(directory.glob("initdb-*"))
 
 
-def test_a_missing_wheel_is_an_error_that_names_the_extra(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_wheel_is_an_error_that_names_the_extra(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EmbeddedError, match=r"install table-cdc\[embedded\]"):
         start(directory)
@@ -356,9 +348,7 @@ def test_a_path_too_long_for_a_socket_gets_a_short_private_directory(base: Path)
     assert not socket.exists()
 
 
-def test_a_socket_directory_somebody_else_made_is_refused(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_socket_directory_somebody_else_made_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = base / ("d" * 120)
     shared = base / "tmp"
     shared.mkdir()
