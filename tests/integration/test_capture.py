@@ -535,6 +535,7 @@ def test_settings_named_like_ours_with_nonsense_in_them_do_no_harm(orders: Shop,
     assert ear.heard() == [event.to_json()]
 
 
+@pytest.mark.slow
 def test_a_row_too_large_for_any_reader_is_reported_by_its_key(orders: Shop) -> None:
     orders.run("insert into orders values (1, 'new', 1, repeat('x', 140000000))")
     orders.run("update orders set note = note || 'y'")
