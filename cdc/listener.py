@@ -63,6 +63,8 @@ SELF_TEST_DEADLINE = 5.0
 QUEUE_LIMIT = 0.5
 """Fill of the cluster's notification queue, 0 to 1, above which we stop asking to be rung."""
 SHORTEST_POLL = 0.002
+GATHER = 0.005
+"""Seconds in which changes gather into one batch while they keep coming; a batch costs as much as a dozen events."""
 SAFETY_POLL = 30.0
 """Seconds between looks into the book while armed."""
 DEAF_POLL = 0.5
@@ -139,7 +141,7 @@ class Bell:
     def pace(self, sleeper: Sleeper) -> None:
         """After a batch that was not full: while awake, let a few changes gather instead of fetching each alone."""
         if self.armed_since is None and self.audible:
-            sleeper.woken.wait(SHORTEST_POLL)
+            sleeper.woken.wait(min(GATHER, sleeper.linger))
 
     def rest(self, sleeper: Sleeper) -> None:
         """Wait after a look that found nothing: until woken, or until it is time to look again."""
