@@ -351,6 +351,7 @@ declare
   range_count bigint;
   list_count bigint;
   list_seq bigint;
+  page refcursor;
   r record;
   handed integer := 0;
   size bigint := 0;
@@ -409,25 +410,16 @@ begin
     end if;
 
     if s.range_seq is null then
-      for r in
+      open page for
         select e.* from cdc.event e
          where e.txid >= pg_snapshot_xmax(s.snap_lo) and e.txid < pg_snapshot_xmax(s.snap_hi)
            and pg_visible_in_snapshot(e.txid, s.snap_hi) and e.seq > s.last_seq
         union all
         select e.* from cdc.event e where e.txid = any (ended) and e.seq > s.last_seq
         order by seq
-        limit p_events
-      loop
-        seq := r.seq; txid := r.txid; captured_table := r.captured_table; op := r.op; context := r.context;
-        captured_at := to_char(r.captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
-        old_row := r.old_row; new_row := r.new_row;
-        return next;
-        handed := handed + 1;
-        size := size + coalesce(octet_length(old_row), 0) + coalesce(octet_length(new_row), 0);
-        exit when size >= p_bytes;
-      end loop;
+        limit p_events;
     else
-      for r in
+      open page for
         (select e.* from cdc.event e
           where e.seq > s.last_seq and e.seq >= s.range_seq
             and pg_visible_in_snapshot(e.txid, s.snap_hi) and not pg_visible_in_snapshot(e.txid, s.snap_lo)
@@ -437,17 +429,20 @@ begin
           where e.txid = any (ended) and e.seq > s.last_seq and e.seq < s.range_seq
           order by e.seq limit p_events)
         order by seq
-        limit p_events
-      loop
-        seq := r.seq; txid := r.txid; captured_table := r.captured_table; op := r.op; context := r.context;
-        captured_at := to_char(r.captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
-        old_row := r.old_row; new_row := r.new_row;
-        return next;
-        handed := handed + 1;
-        size := size + coalesce(octet_length(old_row), 0) + coalesce(octet_length(new_row), 0);
-        exit when size >= p_bytes;
-      end loop;
+        limit p_events;
     end if;
+    loop
+      fetch page into r;
+      exit when not found;
+      seq := r.seq; txid := r.txid; captured_table := r.captured_table; op := r.op; context := r.context;
+      captured_at := to_char(r.captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
+      old_row := r.old_row; new_row := r.new_row;
+      return next;
+      handed := handed + 1;
+      size := size + coalesce(octet_length(old_row), 0) + coalesce(octet_length(new_row), 0);
+      exit when size >= p_bytes;
+    end loop;
+    close page;
 
     if handed < p_events and size < p_bytes then
       -- The window ends with this page, or has ended before it.
