@@ -74,8 +74,6 @@ class Daemon:
         self._stop = threading.Event()
         self._signal: int | None = None
         self._nudge_read, self._nudge_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._signalled = False
-        self._nudge_read, self._nudge_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._threads: list[threading.Thread] = []
         self._databases = [

@@ -23,8 +23,6 @@ from cdc.outbox import OpenTransaction, SinkStatus
 from cdc.sql import QUERIES
 
 NEWEST_SERVER = 18
-QUEUE_LIMIT = 0.5
-"""Fill of the cluster's notification queue, 0 to 1, above which something is wrong."""
 _AT_ONCE = 16
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -163,7 +161,7 @@ class _Checkup:
                 f"is replica for {where[0]}: changes made there are not captured",
                 "reset it, or set always: true on the tables",
             )
-        if queue_usage > QUEUE_LIMIT:
+        if queue_usage > listener.QUEUE_LIMIT:
             self._add(
                 "warning",
                 "notification queue",

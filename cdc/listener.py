@@ -253,7 +253,7 @@ class Listener(threading.Thread):
         """Hear one connection until it is lost or the thread is to stop."""
         with Connection(self._dsn, purpose="listener") as connection:
             try:
-                connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)).as_string(connection.raw))
+                _listen(connection, self._channel)
                 self._self_test(connection)
                 log.info("Listening.", extra=self._fields(channel=self._channel))
                 self._bell.audible = True
@@ -341,23 +341,13 @@ class Listener(threading.Thread):
         Raises:
             CdcError: nothing came.
         """
-        nonce = f"{_SELF_TEST}{uuid.uuid4()}"
-        connection.query(QUERIES["ring_self"], {"channel": self._channel, "nonce": nonce})
-        deadline = time.monotonic() + SELF_TEST_DEADLINE
-        poller = select.poll()
-        poller.register(connection.fileno(), select.POLLIN)
-        heard: set[str] = set()
-        while nonce not in heard:
-            heard.update(payload for _, payload in connection.notifications())
-            if nonce in heard:
-                break
-            left = deadline - time.monotonic()
-            if left <= 0 or not poller.poll(left * 1000):
-                raise CdcError(
-                    "notifications do not arrive on this connection; PgBouncer in transaction mode does this "
-                    "(let dsn go to PostgreSQL directly or through a session pool, or set notify: off)"
-                )
-        if heard - {nonce}:
+        others = _ring_back(connection, self._channel)
+        if others is None:
+            raise CdcError(
+                "notifications do not arrive on this connection; PgBouncer in transaction mode does this "
+                "(let dsn go to PostgreSQL directly or through a session pool, or set notify: off)"
+            )
+        if others:
             self._bell.wake()
 
     def _fields(self, **fields: object) -> dict[str, object]:
@@ -373,13 +363,25 @@ def hears_itself(connection: Connection, channel: str) -> bool:
     Raises:
         DatabaseError: see :meth:`cdc.connection.Connection.query`.
     """
-    nonce = f"{_SELF_TEST}{uuid.uuid4()}"
+    _listen(connection, channel)
+    return _ring_back(connection, channel) is not None
+
+
+def _listen(connection: Connection, channel: str) -> None:
     connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)).as_string(connection.raw))
+
+
+def _ring_back(connection: Connection, channel: str) -> set[str] | None:
+    """Ring ourselves, and wait for it: what else was heard meanwhile, or None when it has not come in time."""
+    nonce = f"{_SELF_TEST}{uuid.uuid4()}"
     connection.query(QUERIES["ring_self"], {"channel": channel, "nonce": nonce})
     deadline = time.monotonic() + SELF_TEST_DEADLINE
     poller = select.poll()
     poller.register(connection.fileno(), select.POLLIN)
-    while nonce not in {payload for _, payload in connection.notifications()}:
+    heard: set[str] = set()
+    while True:
+        heard.update(payload for _, payload in connection.notifications())
+        if nonce in heard:
+            return heard - {nonce}
         if (left := deadline - time.monotonic()) <= 0 or not poller.poll(left * 1000):
-            return False
-    return True
+            return None
