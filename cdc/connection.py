@@ -5,6 +5,20 @@ and tcp_user_timeout alike, so every call carries a deadline on this side of the
 :func:`_wait`, which gives up when the session's time is over. The session is then closed for good; its owner makes
 a new one.
 
+A slow server is no frozen one. The server's statement_timeout ends `GRACE` seconds before our deadline, so a server
+that lives says :class:`~cdc.errors.TooSlow`, and the session goes on. It travels with each statement and ends with it:
+set for the session it would, through a pool that shares sessions, cancel other people's statements. An answer that is
+already arriving when the deadline comes is let arrive, as long as no pause in it exceeds `GRACE`, up to `PATIENCE`
+times the deadline. (A commit that waits for a synchronous standby is beyond statement_timeout: it looks frozen.)
+
+Connecting: libpq, used this way, waits for a vanished host for ever and never gets to the next one. So the hosts of
+the connection string, and the addresses of each, are tried one after the other, each with a fair share of the time
+that is left; a standby is passed over. What a service file or PGHOSTADDR says is known to libpq only: such a dsn goes
+to it as it is, in one attempt. Neither does libpq know when to stop asking for an address; it is asked for here.
+
+On the other side, the server is told to end the session by itself within about 20 s when our host has vanished or we
+no longer read (a LISTEN session that is not read keeps VACUUM from cleaning up), and when we have gone during a query.
+
 Sessions are autocommit, belong to one thread each, and speak in this package's errors: what a new session may heal is
 :class:`~cdc.errors.DatabaseUnreachable`, everything else another :class:`~cdc.errors.DatabaseError`. Messages hold the
 server's primary message only: DETAIL and CONTEXT quote row values.
@@ -12,60 +26,163 @@ server's primary message only: DETAIL and CONTEXT quote row values.
 
 from __future__ import annotations
 
+import os
+import queue
+import re
 import select
+import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import psycopg2
 import psycopg2.extensions as ext
 
-from cdc.errors import DatabaseError, DatabaseUnreachable, Fenced, NotInstalled, NotPrimary
+from cdc.errors import DatabaseError, DatabaseUnreachable, Fenced, NotInstalled, NotPrimary, TooSlow
 
 OLDEST_SERVER = 14
 """Lowest major version this program works with."""
-CONNECT_DEADLINE = 10.0
-"""Seconds to reach the server and log in."""
-QUERY_DEADLINE = 30.0
+CONNECT_DEADLINE = 9.0
+"""Seconds to reach a server, log in and prepare the session, whichever of the named hosts it is."""
+HOST_DEADLINE = 3.0
+"""Seconds each host gets at least; with more than three hosts connecting may take longer than `CONNECT_DEADLINE`."""
+QUERY_DEADLINE = 9.0
 """Seconds for one round trip, unless the caller knows better."""
+GRACE = 2.0
+"""Seconds between the server's time-out and ours, and the longest pause in an answer that comes late."""
+PATIENCE = 3
+"""How many times the deadline an answer that keeps arriving may take."""
 
-# Timeouts a role may carry would end an idle LISTEN session or a long page; a position must be on disk once committed.
-_SETTINGS = (
-    "set synchronous_commit = on; set statement_timeout = 0; set lock_timeout = 0; "
-    "set idle_in_transaction_session_timeout = 0; set idle_session_timeout = 0; set timezone = 'UTC'; set jit = off"
-)
+# Within about 20 s, and the same on both sides.
+_KEEPALIVE = {"idle": 5, "interval": 5, "count": 3}
+_TCP_USER_TIMEOUT = 20_000
+
+# One round trip makes the session independent of what the role, the database and the server have set. Timeouts would
+# end an idle LISTEN session or a long page; a position must be on disk once committed; a default of serializable lets
+# a standby refuse every query, hence the first statement. Unknown to older servers: transaction_timeout. A server that
+# is not on Linux may refuse client_connection_check_interval.
+_PREPARE = """
+set transaction isolation level read committed;
+select pg_is_in_recovery(), pg_backend_pid(), count(set_config(name, value, false))
+  from (values
+        ('statement_timeout', '0'),
+        ('lock_timeout', '0'),
+        ('transaction_timeout', '0'),
+        ('idle_in_transaction_session_timeout', '0'),
+        ('idle_session_timeout', '0'),
+        ('default_transaction_read_only', 'off'),
+        ('default_transaction_isolation', 'read committed'),
+        ('default_transaction_deferrable', 'off'),
+        ('synchronous_commit',
+         case current_setting('synchronous_commit') when 'remote_apply' then 'remote_apply' else 'on' end),
+        ('timezone', 'UTC'),
+        ('datestyle', 'ISO'),
+        ('jit', 'off'),
+        ('tcp_keepalives_idle', %(idle)s),
+        ('tcp_keepalives_interval', %(interval)s),
+        ('tcp_keepalives_count', %(count)s),
+        ('tcp_user_timeout', %(tcp_user_timeout)s),
+        ('client_connection_check_interval', case when version() like '%%linux%%' then '5s' end)
+       ) as wanted (name, value)
+ where current_setting(name, true) is not null and value is not null
+"""
 
 _SQLSTATE_FENCED = "CDC01"
 _SQLSTATE_FORBIDDEN = "42501"
+# Its message says whether time was over or an administrator cancelled, but in the server's language. Both mean: the
+# server lives, the session is good, and it is worth doing again.
+_SQLSTATE_CANCELLED = "57014"
 _SQLSTATES_NOT_INSTALLED = {"3F000", "42P01", "42883"}
 # Connection exceptions, operator intervention (shutdown, crash, starting up), too many connections.
 _UNREACHABLE_CLASSES = ("08", "57P", "53300")
+_NOT_IN_TIME = "no answer in time"
 
 
 class _Session(ext.connection):
-    """A psycopg2 connection that knows until when it may wait."""
+    """A psycopg2 connection that knows until when it may wait.
 
-    def __init__(self, dsn: str, *args: Any, **kwargs: Any) -> None:
+    Attributes:
+        expires: when to give up, by the monotonic clock; None: never.
+        latest: when to give up even though something keeps arriving.
+    """
+
+    def __init__(self, dsn: str, *args: Any, until: float, **kwargs: Any) -> None:
         # Set first: logging in is already done through _wait.
-        self.expires: float | None = time.monotonic() + CONNECT_DEADLINE
+        self.expires: float | None = until
+        self.latest = until
         super().__init__(dsn, *args, **kwargs)
+
+    def allow(self, seconds: float) -> None:
+        """Begin a new deadline."""
+        now = time.monotonic()
+        self.expires = now + seconds
+        self.latest = now + seconds * PATIENCE
 
 
 def _wait(session: Any) -> None:
     """psycopg2's wait callback: poll until the answer is there or the session's deadline has passed."""
     expires: float | None = getattr(session, "expires", None)  # connections of others have none
-    poller = select.poll()
-    watched = 0
+    moved = float("-inf")
     while (state := session.poll()) != ext.POLL_OK:
-        wanted = select.POLLIN if state == ext.POLL_READ else select.POLLOUT
-        if wanted != watched:
-            poller.register(session.fileno(), wanted)
-            watched = wanted
+        # A new one each time: while connecting, the socket may be another one after every step.
+        poller = select.poll()
+        poller.register(session.fileno(), select.POLLIN if state == ext.POLL_READ else select.POLLOUT)
         if expires is None:
             poller.poll()
-        elif (left := expires - time.monotonic()) <= 0 or not poller.poll(left * 1000):
-            raise DatabaseUnreachable("no answer in time")
+            continue
+        left = min(max(expires, moved + GRACE), session.latest) - time.monotonic()
+        # At least one look, in case it was this process that has slept.
+        if not poller.poll(max(left, 0.0) * 1000) or (left <= 0 and time.monotonic() > session.latest):
+            raise DatabaseUnreachable(_NOT_IN_TIME)
+        moved = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """One of the hosts a connection string names, with what belongs to it; each part may be empty."""
+
+    name: str
+    address: str
+    port: str
+
+    def __str__(self) -> str:
+        place = self.name or self.address or "local socket"
+        if ":" in place:
+            place = f"[{place}]"
+        return f"{place}:{self.port}" if self.port else place
+
+    def addresses(self, until: float) -> list[str]:
+        """What its name stands for; empty text where libpq needs no help.
+
+        Raises:
+            DatabaseUnreachable: the name is not known, or not answered for in time.
+        """
+        if self.address or not self.name or self.name.startswith(("/", "@")):  # a directory or abstract socket
+            return [self.address]
+        answers: queue.SimpleQueue[list[str] | str] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                found = socket.getaddrinfo(self.name, None, type=socket.SOCK_STREAM)
+                answers.put(list(dict.fromkeys(str(address[0]) for *_, address in found)))
+            except OSError as error:
+                answers.put(error.strerror or type(error).__name__)
+            except UnicodeError:
+                answers.put("not a host name")
+
+        # The resolver knows no deadline; a thread that is waited for no longer ends when the resolver gives up.
+        threading.Thread(target=ask, name="look-up", daemon=True).start()
+        try:
+            answer = answers.get(timeout=max(until - time.monotonic(), 0.0))
+        except queue.Empty:
+            answer = _NOT_IN_TIME
+        if isinstance(answer, str):
+            raise DatabaseUnreachable(f'could not translate host name "{self.name}" to address: {answer}')
+        return answer
 
 
 class Connection:
@@ -73,73 +190,96 @@ class Connection:
 
     Attributes:
         server_version: as PostgreSQL counts, 150004 for 15.4.
-        pid: the server process that serves this session.
+        pid: the server process that serves this session; behind a transaction pool, the one that did at first.
+        pooled: whether there is a pooler such as PgBouncer in between.
     """
 
-    def __init__(self, dsn: str, *, purpose: str, read_write: bool = True) -> None:
+    server_version: int
+    pid: int
+    pooled: bool
+    _session: _Session
+
+    def __init__(self, dsn: str, *, purpose: str, read_write: bool = True, deadline: float = QUERY_DEADLINE) -> None:
         """Connect and prepare the session.
 
         Args:
             dsn: libpq URL or key=value string.
             purpose: shown to DBAs as application_name, after ``cdc``.
-            read_write: refuse a standby.
+            read_write: refuse a standby, or pass it over where the dsn names several hosts.
+            deadline: seconds for one round trip, unless a call says otherwise.
 
         Raises:
             DatabaseUnreachable: no server, no answer in time, or it refuses the login.
             NotPrimary: the server is a standby.
-            DatabaseError: the server is too old.
+            DatabaseError: the server is too old, or the dsn is none.
         """
+        self._deadline = deadline
+        parts = _parse(dsn)
+        options = {"application_name": f"cdc {purpose}", "client_encoding": "UTF8", **_options(parts, read_write)}
+        hosts = _hosts(parts)
+        failures: list[tuple[_Host | None, DatabaseUnreachable | NotPrimary]] = []
+        ends = time.monotonic() + max(CONNECT_DEADLINE, HOST_DEADLINE * len(hosts))
+        for host, host_ends in _shares(hosts or [None], ends):
+            try:
+                addresses = host.addresses(host_ends) if host else [""]
+            except DatabaseUnreachable as error:
+                failures.append((host, error))
+                continue
+            for address, until in _shares(addresses, host_ends):
+                place = {"host": host.name, "hostaddr": address, "port": host.port or None} if host else {}
+                try:
+                    self._log_in(ext.make_dsn(dsn, **options, **place), until, read_write)
+                except (DatabaseUnreachable, NotPrimary) as error:
+                    failures.append((host, error))
+                else:
+                    return
+        raise _verdict(failures)
+
+    def _log_in(self, dsn: str, until: float, read_write: bool) -> None:
+        """One attempt to get a session, and to prepare it."""
         ext.set_wait_callback(_wait)
         try:
-            self._session = psycopg2.connect(
-                dsn,
-                connection_factory=_Session,
-                application_name=f"cdc {purpose}",
-                client_encoding="UTF8",
-            )
+            self._session = psycopg2.connect(dsn, connection_factory=partial(_Session, until=until))
         except (psycopg2.Error, DatabaseUnreachable) as error:
-            raise DatabaseUnreachable(f"cannot connect: {first_line(error)}") from None
-        self._session.autocommit = True
-        self.server_version: int = self._session.server_version
-        if self.server_version < OLDEST_SERVER * 10000:
-            self.close()
-            version = self.server_version // 10000
-            raise DatabaseError(f"PostgreSQL {version} is too old (upgrade to {OLDEST_SERVER} or later)")
-        self.pid: int = self._session.info.backend_pid
+            raise DatabaseUnreachable(first_line(error)) from None
         try:
-            self.execute(_SETTINGS)
-            if read_write and self.query("select pg_is_in_recovery()")[0][0]:
-                raise NotPrimary(
-                    "the server is a standby (let dsn name the primary, or add target_session_attrs=read-write)"
-                )
+            self._session.autocommit = True
+            self.server_version = self._session.server_version
+            if self.server_version < OLDEST_SERVER * 10000:
+                version = self.server_version // 10000
+                raise DatabaseError(f"PostgreSQL {version} is too old (upgrade to {OLDEST_SERVER} or later)")
+            settings: dict[str, object] = {name: str(value) for name, value in _KEEPALIVE.items()}
+            settings["tcp_user_timeout"] = str(_TCP_USER_TIMEOUT)
+            [(standby, self.pid, _)] = self._run(_PREPARE, settings)
+            # PgBouncer hands out a process number of its own making.
+            self.pooled = self.pid != self._session.info.backend_pid
+            if read_write and standby:
+                raise NotPrimary("is a standby")
         except BaseException:
             self.close()
             raise
 
     def query(
-        self, sql: str, parameters: Sequence[object] | dict[str, object] = (), *, deadline: float = QUERY_DEADLINE
+        self, sql: str, parameters: Sequence[object] | dict[str, object] = (), *, deadline: float | None = None
     ) -> list[tuple[Any, ...]]:
         """Run one statement, commit it, and return all its rows (an empty list when it has none).
 
         Args:
             sql: the statement; identifiers only through ``psycopg2.sql``.
             parameters: its values.
-            deadline: seconds until the session is given up.
+            deadline: seconds until the session is given up; None: the session's own.
 
         Raises:
+            TooSlow: the server lives, but has not finished in time, or somebody cancelled; the session is good.
             DatabaseUnreachable: the session is lost, or nothing came in time; it is closed.
             Fenced: another daemon owns the sink.
             NotInstalled: an object of schema cdc does not exist.
             DatabaseError: the server refused the statement.
         """
-        session = self._session
-        session.expires = time.monotonic() + deadline
-        try:
-            with session.cursor() as cursor:
-                cursor.execute(sql, parameters or None)
-                return cursor.fetchall() if cursor.description else []
-        except (psycopg2.Error, DatabaseUnreachable) as error:
-            raise self._translate(error) from None
+        deadline = self._deadline if deadline is None else deadline
+        self._session.allow(deadline)
+        # Sent together they are one transaction.
+        return self._run(f"set local statement_timeout = {_server_share(deadline)};\n{sql}", parameters)
 
     def execute(self, sql: str, parameters: Sequence[object] | dict[str, object] = ()) -> None:
         """Run one statement, or several separated by semicolons, for their effect. Raises as :meth:`query`."""
@@ -152,7 +292,6 @@ class Connection:
             DatabaseUnreachable: the session is lost.
         """
         try:
-            self._session.expires = time.monotonic() + QUERY_DEADLINE
             self._session.poll()
         except (psycopg2.Error, DatabaseUnreachable) as error:
             raise self._translate(error) from None
@@ -161,7 +300,7 @@ class Connection:
         return arrived
 
     def wait_forever(self) -> None:
-        """Lift the deadline until the next call that sets one: for work whose waiting the server bounds."""
+        """Lift the deadline until the next query(), for work on `raw` whose waiting the server bounds otherwise."""
         self._session.expires = None
 
     def fileno(self) -> int:
@@ -185,12 +324,23 @@ class Connection:
     ) -> None:
         self.close()
 
+    def _run(self, sql: str, parameters: Sequence[object] | dict[str, object]) -> list[tuple[Any, ...]]:
+        """Run a statement under the deadline that has begun. Raises as :meth:`query`."""
+        try:
+            with self._session.cursor() as cursor:
+                cursor.execute(sql, parameters or None)
+                return cursor.fetchall() if cursor.description else []
+        except (psycopg2.Error, DatabaseUnreachable) as error:
+            raise self._translate(error) from None
+
     def _translate(self, error: Exception) -> DatabaseError:
         sqlstate = getattr(error, "pgcode", None) or ""
         message = first_line(error)
         if self._session.closed or isinstance(error, DatabaseUnreachable) or sqlstate.startswith(_UNREACHABLE_CLASSES):
             self.close()
             return DatabaseUnreachable(f"connection lost: {message}")
+        if sqlstate == _SQLSTATE_CANCELLED:
+            return TooSlow(message)
         if sqlstate == _SQLSTATE_FENCED:
             return Fenced(message)
         if sqlstate in _SQLSTATES_NOT_INSTALLED and "cdc" in message:
@@ -205,3 +355,73 @@ def first_line(error: BaseException) -> str:
     primary = getattr(getattr(error, "diag", None), "message_primary", None)
     text = primary or str(error).strip() or type(error).__name__
     return text.splitlines()[0].strip()
+
+
+def _server_share(deadline: float) -> int:
+    """The statement_timeout, in ms, that goes with a deadline: sooner by `GRACE`, or by half of a short one."""
+    return max(1, round(max(deadline - GRACE, deadline / 2) * 1000))
+
+
+# -- where to connect to ----------------------------------------------------------------------------------------
+
+
+def _parse(dsn: str) -> dict[str, str]:
+    try:
+        return {name: str(value) for name, value in ext.parse_dsn(dsn).items()}
+    except psycopg2.ProgrammingError as error:
+        # libpq quotes what it does not understand, and that may be a piece of a password. An option's name is none.
+        found = re.search(r'invalid (?:connection option|URI query parameter:) "\w+"', str(error))
+        raise DatabaseError(f"cannot connect: {found[0] if found else 'dsn is not a connection string'}") from None
+
+
+def _has_service(parts: dict[str, str]) -> bool:
+    return "service" in parts or "PGSERVICE" in os.environ
+
+
+def _options(parts: dict[str, str], read_write: bool) -> dict[str, object]:
+    """What to say beyond the connection string, where it is silent."""
+    options: dict[str, object] = {}
+    if not _has_service(parts):  # what is said here would overrule it
+        options |= {f"keepalives_{name}": value for name, value in _KEEPALIVE.items()}
+        options["tcp_user_timeout"] = _TCP_USER_TIMEOUT
+        options = {name: value for name, value in options.items() if name not in parts}
+    if read_write and parts.get("target_session_attrs") in {"read-write", "primary"}:
+        # We look for ourselves; to libpq a primary whose default is read-only is none.
+        options["target_session_attrs"] = "any"
+    return options
+
+
+def _hosts(parts: dict[str, str]) -> list[_Host]:
+    """The hosts of a connection string, paired as libpq pairs them; none: let libpq find its way."""
+    if not parts.keys() & {"host", "hostaddr"} or _has_service(parts) or "PGHOSTADDR" in os.environ:
+        return []
+    names, addresses, ports = (parts.get(name, "").split(",") for name in ("host", "hostaddr", "port"))
+    count = max(len(names), len(addresses))
+    names, addresses = (part * count if part == [""] else part for part in (names, addresses))
+    ports = ports * count if len(ports) == 1 else ports
+    if not len(names) == len(addresses) == len(ports):
+        return []  # libpq has the words for it
+    return [_Host(*host) for host in zip(names, addresses, ports, strict=True)]
+
+
+_Item = TypeVar("_Item")
+
+
+def _shares(items: Sequence[_Item], ends: float) -> Iterator[tuple[_Item, float]]:
+    """Each item with the time until when it may take, so that what is left is shared fairly by those still to come."""
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        yield item, now + max(ends - now, 0.0) / (len(items) - number)
+
+
+def _verdict(failures: Sequence[tuple[_Host | None, DatabaseUnreachable | NotPrimary]]) -> DatabaseError:
+    """One error for all attempts, in one line; that of a standby only where there is nothing else."""
+    reasons = list(dict.fromkeys((host, str(error)) for host, error in failures))
+    if all(isinstance(error, NotPrimary) for _, error in failures):
+        who = "the server is" if len(reasons) == 1 else f"{', '.join(str(host) for host, _ in reasons)}: each is"
+        return NotPrimary(f"{who} a standby (let dsn name the primary, or every host of the cluster)")
+    if len(reasons) == 1:
+        return DatabaseUnreachable(f"cannot connect: {reasons[0][1]}")
+    # libpq says where it has been, sometimes.
+    told = "; ".join(f"{host}: {re.sub('^connection to server .*? failed: ', '', why)}" for host, why in reasons)
+    return DatabaseUnreachable(f"cannot connect: {told}")

@@ -1,4 +1,4 @@
-"""The daemon: one listener and one thread per sink for every database, until told to stop.
+"""The daemon: one listener, one keeper and one thread per sink for every database, until told to stop.
 
 Starting fails fast: every database is tried once, and a reason no waiting mends (not migrated, no right, a standby)
 ends the start. A database that cannot be reached is waited for as long as another one can be served. From then on
@@ -11,8 +11,10 @@ the process at once; what was not acknowledged is delivered again by the next st
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import secrets
 import select
 import signal
 import socket
@@ -21,13 +23,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from cdc import installer, outbox
+from cdc import installer, listener, outbox
+from cdc.bell import Bell
 from cdc.config import Config, DatabaseConfig
 from cdc.connection import Connection
-from cdc.errors import CdcError, DatabaseError, DatabaseUnreachable, NotInstalled
+from cdc.errors import CdcError, DatabaseUnreachable, NotInstalled, WrongCluster
 from cdc.event import Event
 from cdc.formats import FORMATS
-from cdc.listener import Bell, Listener
+from cdc.keeper import Keeper
+from cdc.listener import Listener
+from cdc.outbox import Owner
 from cdc.pipeline import Pipeline
 from cdc.sinks import create
 
@@ -35,8 +40,6 @@ log = logging.getLogger(__name__)
 
 IDLE_CHECK_INTERVAL = 0.05
 ALIVE_INTERVAL = 1.0
-HOUSEKEEPING = (1.0, 300.0)
-"""Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class _Database:
     options: DatabaseConfig
     sinks: dict[str, str]
     listener: Listener | None = None
+    keeper: Keeper | None = None
     pipelines: Sequence[Pipeline] = ()
     target: str | None = None
     """Where ``--until-idle`` is to get to: the position at the start."""
@@ -74,8 +78,7 @@ class Daemon:
         self._stop = threading.Event()
         self._signal: int | None = None
         self._nudge_read, self._nudge_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._owner = f"{socket.gethostname()}:{os.getpid()}"
-        self._threads: list[threading.Thread] = []
+        self._owner = Owner(f"{socket.gethostname()}:{os.getpid()}", secrets.randbits(31))
         self._databases = [
             _Database(name, dsns[name], options, installer.sinks_of(config, name))
             for name, options in config.databases.items()
@@ -142,6 +145,13 @@ class Daemon:
         """Look whether a database can be served, and make its sinks known to it."""
         with Connection(database.dsn, purpose="start") as connection:
             check_revision(connection)
+            if connection.pooled and not listener.hears_itself(connection, database.options.channel):
+                raise CdcError(
+                    f"{listener.DEAF}, and who serves a sink is kept by a session too, whatever notify says "
+                    f"({listener.DEAF_CURE})"
+                )
+            if moved := outbox.moved_sinks(connection):
+                raise WrongCluster(f"{outbox.ELSEWHERE}: {', '.join(moved)} ({outbox.ELSEWHERE_CURE})")
             for sink, start in database.sinks.items():
                 if outbox.register_sink(connection, sink, start=start):
                     log.info(
@@ -151,18 +161,28 @@ class Daemon:
             database.target = outbox.current_snapshot(connection)
 
     def _start(self, database: _Database) -> None:
-        bell = Bell(database.options.notify)
-        if database.options.notify != "off":
+        options = database.options
+        bell = Bell(options.notify)
+        database.keeper = Keeper(
+            database.dsn,
+            database=database.name,
+            process=self._owner.process,
+            retention=options.retention,
+            alarm=options.outbox_alarm,
+        )
+        if options.notify != "off":
             database.listener = Listener(
-                database.dsn, database=database.name, channel=database.options.channel, bell=bell, stop=self._stop
+                database.dsn,
+                database=database.name,
+                channel=options.channel,
+                bell=bell,
+                stop=self._stop,
+                process=self._owner.process,
+                is_ephemeral=functools.lru_cache(options.is_ephemeral) if options.has_ephemeral else None,
             )
         database.pipelines = [self._pipeline(database, name, bell) for name in database.sinks]
-        housekeeper = threading.Thread(
-            target=self._keep_house, args=(database,), name=f"{database.name}/housekeeper", daemon=True
-        )
-        for thread in (database.listener, *database.pipelines, housekeeper):
+        for thread in (database.keeper, database.listener, *database.pipelines):
             if thread is not None:
-                self._threads.append(thread)
                 thread.start()
 
     def _pipeline(self, database: _Database, name: str, bell: Bell) -> Pipeline:
@@ -219,28 +239,12 @@ class Daemon:
             raise CdcError("; ".join(f"{p.name}: {p.stopped_because or 'ended'}" for p in pipelines))
 
     def _join(self) -> None:
-        for thread in self._threads:
-            thread.join()
-
-    def _keep_house(self, database: _Database) -> None:
-        """Give the outbox's space back, now and then, for as long as the daemon runs."""
-        shortest, longest = HOUSEKEEPING
-        pause = min(max(database.options.retention / 10, shortest), longest)
-        while not self._stop.wait(pause):
-            try:
-                with Connection(database.dsn, purpose="housekeeper") as connection:
-                    done = outbox.rotate(connection, database.options.retention)
-            except DatabaseError as error:
-                log.warning(
-                    "The outbox could not be tidied up.",
-                    extra={"fields": {"database": database.name, "error": str(error)}},
-                )
-            else:
-                if done:
-                    log.info(
-                        "The outbox was tidied up.",
-                        extra={"fields": {"database": database.name, "done": ",".join(done)}},
-                    )
+        for database in self._databases:
+            for thread in (database.listener, *database.pipelines):
+                if thread is not None:
+                    thread.join()
+            if database.keeper is not None:
+                database.keeper.stop()
 
 
 def check_revision(connection: Connection) -> None:

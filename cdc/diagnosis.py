@@ -213,6 +213,15 @@ class _Checkup:
                 "cannot see how long transactions of other roles have been open",
                 f"grant pg_read_all_stats to {role}",
             )
+        if moved := outbox.moved_sinks(connection):
+            self._add("error", f"sink {', '.join(moved)}", outbox.ELSEWHERE, outbox.ELSEWHERE_CURE)
+        if (size := outbox.size(connection)) > self._options.outbox_alarm:
+            self._add(
+                "warning",
+                "outbox",
+                f"takes {size} bytes on disk, more than outbox_alarm allows",
+                "look at cdc status for the sink that is behind or the transaction that is open",
+            )
         self._triggers(connection, candidates)
         return len(connection.query(QUERIES["captured"]))
 
@@ -253,7 +262,7 @@ class SinkLine:
     """One sink as `cdc status` shows it.
 
     Attributes:
-        state: ``running``, ``retrying``, ``stopped``, ``waiting``: as its pipeline says; ``down``: nobody serves it;
+        state: ``running``, ``retrying``, ``dropping``, ``stopped``: as its pipeline says; ``down``: nobody serves it;
             ``new``: it has no position yet; ``unknown``: the configuration no longer has it.
         detail: what the database knows; None for a sink without a position.
     """
@@ -270,8 +279,10 @@ class DatabaseStatus:
         state: ``ok``, or why the rest is missing.
         error: the same as a sentence, with the cure.
         revision: of schema cdc.
+        outbox_held_by: sinks with events older than `retention` to deliver: the outbox cannot be given back before.
+        notify_queue_usage: how full the cluster's notification queue is, 0 to 1.
         drift: tables whose triggers are not what the configuration says.
-        problems: what keeps a table of the configuration from being captured, one sentence each.
+        problems: what needs somebody's attention, such as what keeps a table from being captured; a sentence each.
     """
 
     state: DatabaseState
@@ -279,6 +290,8 @@ class DatabaseStatus:
     revision: str | None = None
     armed: bool | None = None
     outbox_bytes: int | None = None
+    outbox_held_by: Sequence[str] = ()
+    notify_queue_usage: float | None = None
     oldest_transaction: OpenTransaction | None = None
     drift: int | None = None
     problems: Sequence[str] = ()
@@ -293,6 +306,8 @@ class DatabaseStatus:
             "revision": self.revision,
             "armed": self.armed,
             "outbox_bytes": self.outbox_bytes,
+            "outbox_held_by": list(self.outbox_held_by),
+            "notify_queue_usage": self.notify_queue_usage,
             "oldest_transaction": oldest
             and {
                 "pid": oldest.pid,
@@ -345,11 +360,17 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
     lines = {name: SinkLine("new") for name in sinks if name not in known}
     lines |= {name: SinkLine(_shown_state(sink, configured=name in sinks), sink) for name, sink in known.items()}
     drifts, problems = _drift(connection, options, _candidates(connection))
+    if moved := outbox.moved_sinks(connection):
+        problems.append(f"{outbox.ELSEWHERE}: {', '.join(moved)} ({outbox.ELSEWHERE_CURE})")
+    if (size := outbox.size(connection)) > options.outbox_alarm:
+        problems.append(f"the outbox takes {size} bytes on disk, more than outbox_alarm allows")
     return DatabaseStatus(
         "ok",
         revision=revision,
         armed=outbox.is_armed(connection),
-        outbox_bytes=outbox.size(connection),
+        outbox_bytes=size,
+        outbox_held_by=[name for name, sink in known.items() if sink.lag > options.retention],
+        notify_queue_usage=outbox.queue_usage(connection),
         oldest_transaction=outbox.oldest_writer(connection),
         drift=len(drifts),
         problems=problems,
@@ -360,7 +381,14 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
 def _shown_state(sink: SinkStatus, *, configured: bool) -> str:
     if not configured:
         return "unknown"
-    return sink.state if sink.served or sink.state == "stopped" else "down"
+    if sink.state == "stopped":
+        return sink.state
+    return sink.state if sink.served and not is_silent(sink) else "down"
+
+
+def is_silent(sink: SinkStatus) -> bool:
+    """Whether the daemon that serves a sink is stopped or cut off: its session is there, and it is not."""
+    return sink.silent_for is not None and sink.silent_for > outbox.LEASE
 
 
 def _sink_json(line: SinkLine) -> dict[str, object]:
@@ -375,6 +403,7 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
             "last_error": None,
             "last_error_at": None,
             "dead_letters": 0,
+            "dropped": 0,
             "owner": None,
         }
     return {
@@ -386,6 +415,7 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
         "last_error": sink.last_error,
         "last_error_at": _iso(sink.last_error_at),
         "dead_letters": sink.dead_letters,
+        "dropped": sink.dropped,
         "owner": sink.owner,
     }
 

@@ -7,6 +7,8 @@ CdcError
 ├── DatabaseError          a database call failed
 │   ├── DatabaseUnreachable    no connection, a lost one, or no answer in time; a new connection may heal it
 │   ├── NotPrimary             connected, but to a standby
+│   ├── TooSlow                the server is alive and did not finish in the time given
+│   ├── WrongCluster           a position was taken in another cluster and says nothing here
 │   ├── NotInstalled           connected, but the cdc schema is missing or of another revision
 │   └── Fenced                 another daemon has taken this pipeline over
 └── DeliveryError          a sink could not take an event
@@ -59,6 +61,14 @@ class NotPrimary(DatabaseError):
 
 class NotInstalled(DatabaseError):
     """The schema ``cdc`` is missing or of another revision than this program."""
+
+
+class TooSlow(DatabaseError):
+    """The server did not finish in the time given; it is alive, and the session goes on."""
+
+
+class WrongCluster(DatabaseError):
+    """A sink's position was taken in another cluster, whose transaction ids say nothing here."""
 
 
 class Fenced(DatabaseError):

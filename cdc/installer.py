@@ -306,7 +306,8 @@ def _arguments(target: Target, database: DatabaseConfig) -> dict[str, object]:
         "image": options.image,
         "key": list(options.key) if options.key else None,
         "always": options.always,
-        "notify": database.notify,
+        # Where the notification is the event, the trigger rings whatever the bell's mode.
+        "notify": "ephemeral" if options.delivery == "ephemeral" else database.notify,
         "notify_payload": database.notify_payload,
         "channel": database.channel,
     }

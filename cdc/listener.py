@@ -25,8 +25,19 @@ would hear them; pipelines poll until the listener is back. A notification that 
 (PgBouncer in transaction mode accepts LISTEN and delivers nothing) is reported, and the pipelines go on polling. A
 slow safety poll covers what nobody thought of.
 
-The payload is checked by the same model as any event and used only to tell which pipelines to wake: anyone may NOTIFY,
-so it is never delivered from here. The listener's thread never waits for a sink.
+Two daemons may serve sinks of one database, and only one of them can hold the lock. The other hears what the writers
+ring for the first, and polls now and then besides.
+
+The payload is checked by the same model as any event. For a durable table it only tells which pipelines to wake: anyone
+may NOTIFY, so it is never delivered from here. For an ephemeral table (``delivery: ephemeral``) it *is* the event, and
+goes to the pipelines that want it, in commit order, at most once; what is committed while no listener hears, or while a
+pipeline's inbox is full, is not delivered. The listener's thread never waits for a sink.
+
+The breaker. A notification stays in a queue of the whole cluster until every listening session has read it; one that
+listens and does not read fills the queue, and then every COMMIT that rings fails. So the queue's fill is read every few
+seconds, and more often while much is rung (which is also the only thing that frees a queue that once filled up). Above
+`QUEUE_LIMIT` nobody of ours rings any more: the bell is disarmed, and triggers that ring regardless (``notify:
+always``, ephemeral tables) are told to stay silent; below half of that it goes on as before.
 """
 
 from __future__ import annotations
@@ -39,179 +50,76 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
 
 from psycopg2 import sql
 
+from cdc import crashpoints
+from cdc.bell import DEAF_POLL, SETTLE, SHORTEST_POLL, Bell
 from cdc.connection import Connection
-from cdc.errors import CdcError, DatabaseUnreachable
+from cdc.errors import CdcError, DatabaseError, DatabaseUnreachable
 from cdc.event import Event
 from cdc.retry import keep_alive
 from cdc.sql import QUERIES
 
 log = logging.getLogger(__name__)
 
-SETTLE = 0.1
-"""Seconds without a change before the bell is armed again."""
 BUSY_RATE = 500
 """Notifications a second above which polling is the cheaper way, for writers and for us."""
-GAUGE_INTERVAL = 5.0
+DEADLINE = 5.0
+"""Seconds for one round trip of the listener; with the gauge's interval, how soon a dead connection is noticed."""
+GAUGE_INTERVAL = 3.0
 """Seconds between looks at the notification queue."""
+GAUGE_BYTES = 64 * 1024
+"""Bytes of payload after which it is looked at earlier; the smallest queue there can be holds eight times as much."""
 SELF_TEST_INTERVAL = 60.0
 SELF_TEST_DEADLINE = 5.0
 QUEUE_LIMIT = 0.5
-"""Fill of the cluster's notification queue, 0 to 1, above which we stop asking to be rung."""
-SHORTEST_POLL = 0.002
-GATHER = 0.005
-"""Seconds in which changes gather into one batch while they keep coming; a batch costs as much as a dozen events."""
-SAFETY_POLL = 30.0
-"""Seconds between looks into the book while armed."""
-DEAF_POLL = 0.5
-"""Longest pause between looks when no bell can be heard (``notify: off``, or notifications do not arrive)."""
-
-Mode = Literal["adaptive", "always", "off"]
-
-
-@dataclass(eq=False)
-class Sleeper:
-    """One pipeline's place at the bell.
-
-    Attributes:
-        wants: whether the pipeline cares for a notified event.
-        linger: seconds; longest pause between polls while awake.
-    """
-
-    name: str
-    wants: Callable[[Event], bool]
-    linger: float
-    woken: threading.Event = field(default_factory=threading.Event)
-    looked_at: float = 0.0
-    """When the last look into the book began, by the monotonic clock."""
-    active_at: float = float("-inf")
-    """When a look last found something."""
-    idle: bool = False
-    pause: float = SHORTEST_POLL
-
-
-class Bell:
-    """What the listener and the pipelines of one database share. All methods may be called from any thread."""
-
-    def __init__(self, mode: Mode) -> None:
-        self.mode = mode
-        self.armed_since: float | None = None
-        self.audible = False
-        """Whether a listener is there to hear a ring."""
-        self.crowded = False
-        """Whether a full batch was seen since the bell was last armed: more is coming than rings are good for."""
-        self._lock = threading.Lock()
-        self._sleepers: list[Sleeper] = []
-        self._knock: Callable[[], None] = lambda: None
-
-    # -- for pipelines ------------------------------------------------------------------------------------------
-
-    def join(self, sleeper: Sleeper) -> None:
-        """Take part: the bell is not armed before this pipeline has found nothing to do."""
-        sleeper.idle = False
-        with self._lock:
-            if sleeper not in self._sleepers:
-                self._sleepers.append(sleeper)
-
-    def leave(self, sleeper: Sleeper) -> None:
-        """Stop taking part; a pipeline that serves nothing must not keep the others awake."""
-        with self._lock:
-            if sleeper in self._sleepers:
-                self._sleepers.remove(sleeper)
-        self._knock()
-
-    def looking(self, sleeper: Sleeper) -> None:
-        """Say that a look into the book begins now. Wake-ups from here on count for the next rest."""
-        sleeper.woken.clear()
-        sleeper.looked_at = time.monotonic()
-
-    def found(self, sleeper: Sleeper, *, full: bool) -> None:
-        """Say that the look found events; a full batch means that more are waiting."""
-        sleeper.active_at = time.monotonic()
-        sleeper.idle = False
-        sleeper.pause = SHORTEST_POLL
-        if full and self.armed_since is not None and self.mode == "adaptive":
-            self.crowded = True
-            self._knock()
-
-    def pace(self, sleeper: Sleeper) -> None:
-        """After a batch that was not full: while awake, let a few changes gather instead of fetching each alone."""
-        if self.armed_since is None and self.audible:
-            sleeper.woken.wait(min(GATHER, sleeper.linger))
-
-    def rest(self, sleeper: Sleeper) -> None:
-        """Wait after a look that found nothing: until woken, or until it is time to look again."""
-        sleeper.idle = True
-        armed = self.armed_since
-        if armed is not None:
-            if sleeper.looked_at > armed:
-                sleeper.woken.wait(SAFETY_POLL)
-            return  # armed after the look began: look once more
-        if self._settled():
-            self._knock()
-        # A look may be dear: it passes over what an open transaction has written. It shall not take all of a core.
-        sleeper.woken.wait(max(sleeper.pause, 2 * (time.monotonic() - sleeper.looked_at)))
-        longest = sleeper.linger if self.audible else max(sleeper.linger, DEAF_POLL)
-        sleeper.pause = min(sleeper.pause * 2, max(longest, SHORTEST_POLL))
-
-    # -- for the listener ---------------------------------------------------------------------------------------
-
-    def attach(self, knock: Callable[[], None]) -> None:
-        """Let the pipelines call the listener's attention."""
-        self._knock = knock
-
-    def wake(self, event: Event | None = None) -> None:
-        """Wake the pipelines that want `event`, or all of them."""
-        with self._lock:
-            sleepers = list(self._sleepers)
-        for sleeper in sleepers:
-            if event is None or sleeper.wants(event):
-                sleeper.woken.set()
-
-    def arm(self) -> None:
-        """From now on somebody rings; everybody looks once more."""
-        self.crowded = False
-        self.armed_since = time.monotonic()
-        self.wake()
-
-    def disarm(self) -> None:
-        """From now on nobody rings; everybody polls. To be called before the lock is given back."""
-        self.armed_since = None
-        self.wake()
-
-    def should_arm(self) -> bool:
-        """Whether everybody sleeps."""
-        return self.armed_since is None and self._settled()
-
-    def should_disarm(self) -> bool:
-        """Whether being rung is of no use: more is coming than rings are good for, or nobody is left to be woken."""
-        with self._lock:
-            return self.crowded or not self._sleepers
-
-    def _settled(self) -> bool:
-        now = time.monotonic()
-        with self._lock:
-            return bool(self._sleepers) and all(s.idle and now - s.active_at >= SETTLE for s in self._sleepers)
+"""Fill of the cluster's notification queue, 0 to 1, above which nobody shall ring."""
+SILENCE = 15.0
+"""Seconds for which triggers are told to stay silent, again and again for as long as the queue is too full."""
 
 
 class Listener(threading.Thread):
     """The thread that holds the LISTEN connection of one database."""
 
-    def __init__(self, dsn: str, *, database: str, channel: str, bell: Bell, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        database: str,
+        channel: str,
+        bell: Bell,
+        stop: threading.Event,
+        process: int,
+        is_ephemeral: Callable[[str, str], bool] | None = None,
+    ) -> None:
+        """
+        Args:
+            dsn: the database.
+            database: its name in the configuration.
+            channel: what to LISTEN to.
+            bell: shared with the database's pipelines.
+            stop: ends the thread.
+            process: the daemon's number, see :func:`cdc.outbox.join_process`.
+            is_ephemeral: whether the changes of a table, given by schema and name, are delivered from here; None: of
+                none.
+        """
         super().__init__(name=f"{database}/listener", daemon=True)
         self._dsn = dsn
         self._database = database
         self._channel = channel
         self._bell = bell
         self._stop_event = stop
+        self._process = process
+        self._is_ephemeral = is_ephemeral
+        self._rings_anyway = is_ephemeral is not None or bell.mode == "always"
+        """Whether there are triggers that ring whatever the lock says."""
         self._knock_read, self._knock_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._burst_began = 0.0
         self._burst = 0
         self._hold_until = 0.0
+        self._bytes_since_gauge = 0
+        self._too_full = False
         self.malformed = 0
         """Notifications that were no event."""
         self.received = 0
@@ -251,9 +159,12 @@ class Listener(threading.Thread):
 
     def _serve(self) -> None:
         """Hear one connection until it is lost or the thread is to stop."""
-        with Connection(self._dsn, purpose="listener") as connection:
+        with Connection(self._dsn, purpose="listener", deadline=DEADLINE) as connection:
             try:
+                connection.query(QUERIES["join_process"], {"process": self._process})
+                crashpoints.reached("before-listen")
                 _listen(connection, self._channel)
+                crashpoints.reached("after-listen")
                 self._self_test(connection)
                 log.info("Listening.", extra=self._fields(channel=self._channel))
                 self._bell.audible = True
@@ -272,7 +183,7 @@ class Listener(threading.Thread):
         next_test = time.monotonic() + SELF_TEST_INTERVAL
         while not self._stop_event.is_set():
             now = time.monotonic()
-            if now >= next_gauge:
+            if now >= next_gauge or self._bytes_since_gauge > GAUGE_BYTES:
                 next_gauge = now + GAUGE_INTERVAL
                 self._read_gauge(connection)
             if now >= next_test:
@@ -286,35 +197,65 @@ class Listener(threading.Thread):
             if self._knock_read in ready:
                 os.read(self._knock_read, 4096)
 
+    # -- what is heard ------------------------------------------------------------------------------------------
+
     def _hear(self, connection: Connection) -> None:
         for _, payload in connection.notifications():
             self.received += 1
-            now = time.monotonic()
-            if now - self._burst_began > SETTLE:
-                self._burst_began, self._burst = now, 0
+            self._bytes_since_gauge += len(payload)
+            if not payload.startswith(_SELF_TEST):
+                self._take(payload)
+
+    def _take(self, payload: str) -> None:
+        """Do what one notification asks for: hand its event over, or wake somebody."""
+        if self._is_ephemeral is None and self._rate_is_high():
+            # A flood: it is not worth reading, everybody is to be woken anyway.
             self._burst += 1
-            if payload.startswith(_SELF_TEST):
-                continue
+            self.malformed += bool(payload) and not payload.startswith(_EVENT)
+            self._bell.wake()
+            return
+        event = None
+        if payload:
             try:
-                self._bell.wake(Event.from_json(payload) if payload else None)
+                event = Event.from_json(payload)
             except Exception:  # noqa: BLE001  anybody may have written it, and everybody must be woken
                 if not self.malformed:
                     log.warning("A notification is not an event; it only wakes.", extra=self._fields())
                 self.malformed += 1
-                self._bell.wake()
+        if (
+            event is not None
+            and self._is_ephemeral is not None
+            and self._is_ephemeral(event.source.schema_name, event.source.table)
+        ):
+            self._bell.hand_over(event, len(payload))
+            return
+        now = time.monotonic()
+        if now - self._burst_began > SETTLE:
+            self._burst_began, self._burst = now, 0
+        self._burst += 1
+        self._bell.wake(event)
+
+    def _rate_is_high(self) -> bool:
+        return self._burst > BUSY_RATE * SETTLE and time.monotonic() - self._burst_began <= SETTLE
+
+    # -- arming -------------------------------------------------------------------------------------------------
 
     def _set_bell(self, connection: Connection) -> None:
         now = time.monotonic()
-        busy = self._burst > BUSY_RATE * SETTLE and now - self._burst_began <= SETTLE
+        busy = self._rate_is_high()
         if self._bell.armed_since is not None:
             # What these queries read along is not lost: arming and disarming wake everybody, and refused we poll.
             if busy or self._bell.should_disarm():
                 self._disarm(connection)
         elif now >= self._hold_until and not busy and self._bell.should_arm():
+            crashpoints.reached("before-arm")
             if connection.query(QUERIES["arm"])[0][0]:
+                crashpoints.reached("after-arm")
                 self._bell.arm()
-            else:
-                self._hold_until = now + SHORTEST_POLL * 10  # a silent writer is in flight
+                return
+            # A silent writer is in flight, or another daemon's listener has been faster.
+            self._bell.armed_by_another = bool(connection.query(QUERIES["armed_by_another"])[0][0])
+            self._hold_until = now + (DEAF_POLL if self._bell.armed_by_another else SHORTEST_POLL * 10)
 
     def _disarm(self, connection: Connection) -> None:
         self._bell.disarm()
@@ -322,18 +263,40 @@ class Listener(threading.Thread):
         self._burst = 0
         self._hold_until = time.monotonic() + SETTLE
 
+    # -- the breaker --------------------------------------------------------------------------------------------
+
     def _read_gauge(self, connection: Connection) -> None:
-        usage = float(connection.query(QUERIES["queue_usage"])[0][0])
-        if usage > QUEUE_LIMIT >= self.queue_usage:
+        self._bytes_since_gauge = 0
+        usage = self.queue_usage = float(connection.query(QUERIES["queue_usage"])[0][0])
+        if not self._too_full and usage > QUEUE_LIMIT:
+            self._too_full = True
             log.error(
-                "The notification queue is over half full: a session listens and does not read. Not asking to be rung.",
-                extra=self._fields(usage=usage),
+                "The notification queue is over half full: a session listens and does not read. Nobody rings any more.",
+                extra=self._fields(usage=round(usage, 3), ephemeral="dropped" if self._rings_anyway else "none"),
             )
-        self.queue_usage = usage
-        if usage > QUEUE_LIMIT and self._bell.mode == "adaptive":
-            if self._bell.armed_since is not None:
-                self._disarm(connection)
-            self._hold_until = time.monotonic() + GAUGE_INTERVAL
+        elif self._too_full and usage < QUEUE_LIMIT / 2:
+            self._too_full = False
+            log.info("The notification queue has drained; ringing again.", extra=self._fields(usage=round(usage, 3)))
+            self._silence(connection, 0)
+        if self._too_full:
+            self._silence(connection, SILENCE)
+            if self._bell.mode == "adaptive":
+                if self._bell.armed_since is not None:
+                    self._disarm(connection)
+                self._hold_until = time.monotonic() + GAUGE_INTERVAL + 1
+
+    def _silence(self, connection: Connection, seconds: float) -> None:
+        """Keep triggers that ring regardless from ringing."""
+        if not self._rings_anyway:
+            return
+        try:
+            connection.query(QUERIES["silence"], {"seconds": seconds})
+        except DatabaseUnreachable:
+            raise
+        except DatabaseError as error:
+            log.error("The triggers could not be told to stay silent.", extra=self._fields(error=str(error)))
+
+    # -- self-test ----------------------------------------------------------------------------------------------
 
     def _self_test(self, connection: Connection) -> None:
         """Ring ourselves, and demand to hear it.
@@ -343,18 +306,19 @@ class Listener(threading.Thread):
         """
         others = _ring_back(connection, self._channel)
         if others is None:
-            raise CdcError(
-                "notifications do not arrive on this connection; PgBouncer in transaction mode does this "
-                "(let dsn go to PostgreSQL directly or through a session pool, or set notify: off)"
-            )
-        if others:
-            self._bell.wake()
+            raise CdcError(f"{DEAF} ({DEAF_CURE})")
+        for payload in others:
+            self._take(payload)
 
     def _fields(self, **fields: object) -> dict[str, object]:
         return {"fields": {"database": self._database, **fields}}
 
 
+DEAF = "notifications do not arrive on this connection; PgBouncer in transaction mode does this"
+DEAF_CURE = "let dsn go to PostgreSQL directly or through a session pool"
 _SELF_TEST = "cdc self-test "
+_EVENT = '{"version":1,'
+"""How `cdc.payload` begins."""
 
 
 def hears_itself(connection: Connection, channel: str) -> bool:
@@ -371,17 +335,17 @@ def _listen(connection: Connection, channel: str) -> None:
     connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)).as_string(connection.raw))
 
 
-def _ring_back(connection: Connection, channel: str) -> set[str] | None:
-    """Ring ourselves, and wait for it: what else was heard meanwhile, or None when it has not come in time."""
+def _ring_back(connection: Connection, channel: str) -> list[str] | None:
+    """Ring ourselves, and wait for it: what else was heard meanwhile, in order; None when it has not come in time."""
     nonce = f"{_SELF_TEST}{uuid.uuid4()}"
     connection.query(QUERIES["ring_self"], {"channel": channel, "nonce": nonce})
     deadline = time.monotonic() + SELF_TEST_DEADLINE
     poller = select.poll()
     poller.register(connection.fileno(), select.POLLIN)
-    heard: set[str] = set()
+    heard: list[str] = []
     while True:
-        heard.update(payload for _, payload in connection.notifications())
+        heard += [payload for _, payload in connection.notifications()]
         if nonce in heard:
-            return heard - {nonce}
+            return [payload for payload in heard if not payload.startswith(_SELF_TEST)]
         if (left := deadline - time.monotonic()) <= 0 or not poller.poll(left * 1000):
             return None

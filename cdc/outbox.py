@@ -14,9 +14,21 @@ from datetime import datetime
 from typing import Any, Literal
 
 from cdc.connection import Connection
-from cdc.errors import Fenced
+from cdc.errors import CdcError, Fenced, TooSlow
 from cdc.event import Event, Image, Json, Op, join_object, quote, split_row
 from cdc.sql import QUERIES
+
+LEASE = 5.0
+"""Seconds of silence after which a process counts as stopped or cut off, and its sinks may be taken over."""
+PATIENCE = 600.0
+"""Seconds for a page that could not be had in the usual time from a server that is alive: opening a window of tens of
+millions of events."""
+
+ELSEWHERE = "positions taken in another cluster, whose transaction ids say nothing here"
+ELSEWHERE_CURE = (
+    "was the database restored from a dump? run cdc rebase: what the sinks had not delivered is delivered, some of it "
+    "again"
+)
 
 _OPS = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE}
 
@@ -57,16 +69,43 @@ class Batch:
     full: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A daemon.
+
+    Attributes:
+        name: for people: host and process id.
+        process: by which the database tells its sessions from those of other daemons; see :func:`join_process`.
+    """
+
+    name: str
+    process: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A sink has become ours.
+
+    Attributes:
+        epoch: the number of this claim.
+        happened: what has become of the database since the position was stored: ``promoted``, it is on another timeline
+            (a standby was promoted, or it was restored to an earlier time); ``upgraded`` by pg_upgrade.
+    """
+
+    epoch: int
+    happened: Literal["promoted", "upgraded"] | None
+
+
 class Outbox:
     """One sink's place in the book of one database. Belongs to the thread of its connection."""
 
-    def __init__(self, connection: Connection, *, database: str, sink: str, owner: str) -> None:
+    def __init__(self, connection: Connection, *, database: str, sink: str, owner: Owner) -> None:
         """
         Args:
             connection: an open session; this object does not close it.
             database: the database's name in the configuration.
             sink: the sink's name in the configuration.
-            owner: who serves the sink, for people: host and process id.
+            owner: who serves the sink.
         """
         self._connection = connection
         self._database = database
@@ -75,32 +114,40 @@ class Outbox:
         self._epoch: int | None = None
         self._tables: dict[int, CapturedTable] = {}
 
-    def claim(self, *, start: str) -> bool:
-        """Become the one who serves the sink: the session's advisory lock, and a new epoch against the predecessor.
+    def claim(self, *, start: str) -> Claim | None:
+        """Become the one who serves the sink: a lock of this session, and an epoch that fences off everybody else.
 
         Args:
             start: where a sink begins that has no position yet, ``now`` or ``earliest``.
 
         Returns:
-            False when another daemon serves it.
+            None when another daemon serves it and has been heard of in the last `LEASE` seconds.
 
         Raises:
+            WrongCluster: the position was taken in another cluster.
             DatabaseError: see :meth:`cdc.connection.Connection.query`.
         """
         register_sink(self._connection, self._sink, start=start)
-        if not self._connection.query(QUERIES["try_own"], {"sink": self._sink})[0][0]:
-            return False
-        self._epoch = self._connection.query(QUERIES["claim"], {"sink": self._sink, "owner": self._owner})[0][0]
-        return True
+        parameters: dict[str, object] = {
+            "sink": self._sink,
+            "owner": self._owner.name,
+            "process": self._owner.process,
+            "patience": LEASE,
+        }
+        self._epoch, happened = self._connection.query(QUERIES["take"], parameters)[0]
+        return None if self._epoch is None else Claim(self._epoch, happened)
 
-    def next_batch(self, acked: int | None, *, events: int, bytes_: int, deadline: float = 60.0) -> Batch | None:
+    def confirm(self) -> None:
+        """Make sure that the sink is still ours. Raises as :meth:`next_batch`."""
+        self._owned(QUERIES["confirm"], {"sink": self._sink, "epoch": self._epoch})
+
+    def next_batch(self, acked: int | None, *, events: int, bytes_: int) -> Batch | None:
         """Acknowledge what came before and read the next page, in one round trip that commits before it returns.
 
         Args:
             acked: seq up to which everything handed out is delivered; None when there is nothing new to say.
             events: at most so many events.
             bytes_: roughly so many bytes of images; a single larger event still comes, alone.
-            deadline: seconds.
 
         Returns:
             None when everything is delivered.
@@ -109,11 +156,17 @@ class Outbox:
             Fenced: another daemon has taken over.
             DatabaseError: see :meth:`cdc.connection.Connection.query`.
         """
-        rows = self._connection.query(
-            QUERIES["next_batch"],
-            {"sink": self._sink, "epoch": self._epoch, "acked": acked, "events": events, "bytes": bytes_},
-            deadline=deadline,
-        )
+        parameters: dict[str, object] = {
+            "sink": self._sink,
+            "epoch": self._epoch,
+            "acked": acked,
+            "events": events,
+            "bytes": bytes_,
+        }
+        try:
+            rows = self._connection.query(QUERIES["next_batch"], parameters)
+        except TooSlow:
+            rows = self._connection.query(QUERIES["next_batch"], parameters, deadline=PATIENCE)
         if not rows:
             return None
         size = sum(_byte_length(row[5]) + _byte_length(row[6]) for row in rows)
@@ -121,15 +174,16 @@ class Outbox:
 
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""
-        parameters: dict[str, object] = {"sink": self._sink, "epoch": self._epoch, "acked": acked}
-        if not self._connection.query(QUERIES["acknowledge"], parameters):
-            raise Fenced(f"sink {self._sink} is served by another daemon")
+        self._owned(QUERIES["acknowledge"], {"sink": self._sink, "epoch": self._epoch, "acked": acked})
 
     def set_state(self, state: str, error: str | None = None) -> None:
-        """Say what the sink is doing, for `cdc status`. Raises as :meth:`next_batch`, except Fenced."""
-        self._connection.execute(
-            QUERIES["set_state"], {"sink": self._sink, "epoch": self._epoch, "state": state, "error": error}
-        )
+        """Say what the sink is doing, for `cdc status`. Raises as :meth:`next_batch`."""
+        parameters: dict[str, object] = {"sink": self._sink, "epoch": self._epoch, "state": state, "error": error}
+        self._owned(QUERIES["set_state"], parameters)
+
+    def add_dropped(self, number: int) -> None:
+        """Count ephemeral changes that were not delivered. Raises as :meth:`next_batch`, except Fenced."""
+        self._connection.execute(QUERIES["add_dropped"], {"sink": self._sink, "epoch": self._epoch, "dropped": number})
 
     def add_dead_letter(self, event: Event | Unreadable, reason: str) -> None:
         """Set an event aside for good, with the reason. Raises as :meth:`next_batch`."""
@@ -138,6 +192,11 @@ class Outbox:
             QUERIES["add_dead_letter"],
             {"sink": self._sink, "event_id": event.id, "event": text, "reason": reason},
         )
+
+    def _owned(self, query: str, parameters: dict[str, object]) -> None:
+        """Run a query that returns a row if the sink is ours."""
+        if not self._connection.query(query, parameters):
+            raise Fenced(f"sink {self._sink} is served by another daemon")
 
     # -- rows to events -----------------------------------------------------------------------------------------
 
@@ -238,6 +297,24 @@ def as_json(context: str | None) -> Json | None:
 # -- what needs no sink -----------------------------------------------------------------------------------------
 
 
+def join_process(connection: Connection, process: int) -> None:
+    """Let a session be known as one of a daemon's, by an advisory lock that all of them share.
+
+    Args:
+        connection: the session.
+        process: a number drawn at random by the daemon, 0 to 2^31 - 1.
+
+    Raises:
+        DatabaseError: see :meth:`cdc.connection.Connection.query`.
+    """
+    connection.query(QUERIES["join_process"], {"process": process})
+
+
+def beat(connection: Connection) -> None:
+    """Be heard of. Raises as :func:`register_sink`."""
+    connection.query(QUERIES["beat"])
+
+
 def register_sink(connection: Connection, sink: str, *, start: str) -> bool:
     """Give a sink its first position, ``now`` or ``earliest``; False when it has one already.
 
@@ -266,6 +343,34 @@ def rotate(connection: Connection, retention: float) -> list[str]:
     return list(connection.query(QUERIES["rotate"], {"retention": retention})[0][0])
 
 
+def forget_sink(connection: Connection, sink: str, *, dead_letters: bool) -> None:
+    """Remove a sink's position, and its dead letters if told to.
+
+    Raises:
+        CdcError: a daemon serves it; or it has dead letters, which are not to be discarded.
+        DatabaseError: see :meth:`cdc.connection.Connection.query`.
+    """
+    letters, owner = connection.query(QUERIES["forgettable"], {"sink": sink})[0]
+    if letters and not dead_letters:
+        raise CdcError(f"sink {sink} has {letters} dead letters (--dead-letters discards them)")
+    if not connection.query(QUERIES["forget_sink"], {"sink": sink}):
+        raise CdcError(f"sink {sink} is served by {owner} (stop that daemon, or let it have the new configuration)")
+
+
+def moved_sinks(connection: Connection) -> list[str]:
+    """Sinks whose position was taken in another cluster and says nothing here. Raises as :func:`register_sink`."""
+    return [row[0] for row in connection.query(QUERIES["moved_sinks"])]
+
+
+def rebase(connection: Connection) -> int:
+    """Give every sink a position that means something here; see ``cdc.rebase``. Raises as :func:`register_sink`.
+
+    Returns:
+        How many events will be delivered, some of them again.
+    """
+    return int(connection.query(QUERIES["rebase"], deadline=PATIENCE)[0][0])
+
+
 # -- for people -------------------------------------------------------------------------------------------------
 
 PENDING_CAP = 100_000
@@ -279,10 +384,12 @@ class SinkStatus:
     Attributes:
         state: what its last pipeline said of itself; see the head of :mod:`cdc.pipeline`.
         served: whether a daemon serves it now.
+        silent_for: seconds since that daemon was last heard of; None where our role may not see it.
         pending: events not delivered yet, those it will filter out included; at most `PENDING_CAP`.
         capped: whether there are more than that.
         lag: seconds since the oldest pending event was recorded; 0 when nothing is pending.
         dead_letters: events set aside.
+        dropped: ephemeral changes it was not given.
     """
 
     name: str
@@ -292,10 +399,12 @@ class SinkStatus:
     last_error_at: datetime | None
     delivered_at: datetime | None
     served: bool
+    silent_for: float | None
     pending: int
     capped: bool
     lag: float
     dead_letters: int
+    dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +431,7 @@ def sink_statuses(connection: Connection) -> list[SinkStatus]:
     """Every sink this database knows, by name. Raises as :func:`register_sink`."""
     statuses = []
     for row in connection.query(QUERIES["sink_status"]):
-        name, state, owner, last_error, last_error_at, delivered_at, served, pending, lag, dead_letters = row
+        name, state, owner, last_error, last_error_at, delivered_at, served, silent_for, pending, lag, *counts = row
         capped = pending > PENDING_CAP
         if capped:
             # The query has seen any hundred thousand of them, not the oldest.
@@ -337,10 +446,12 @@ def sink_statuses(connection: Connection) -> list[SinkStatus]:
                 last_error_at=last_error_at,
                 delivered_at=delivered_at,
                 served=served,
+                silent_for=silent_for,
                 pending=min(pending, PENDING_CAP),
                 capped=capped,
                 lag=max(lag or 0.0, 0.0),
-                dead_letters=dead_letters,
+                dead_letters=counts[0],
+                dropped=counts[1],
             )
         )
     return statuses
@@ -355,6 +466,11 @@ def oldest_writer(connection: Connection) -> OpenTransaction | None:
 def size(connection: Connection) -> int:
     """Bytes of the outbox on disk, indexes included. Raises as :func:`register_sink`."""
     return int(connection.query(QUERIES["outbox_bytes"])[0][0])
+
+
+def queue_usage(connection: Connection) -> float:
+    """How full the cluster's notification queue is, 0 to 1. Raises as :func:`register_sink`."""
+    return float(connection.query(QUERIES["queue_usage"])[0][0])
 
 
 def is_armed(connection: Connection) -> bool:

@@ -6,26 +6,34 @@ Guarantees, given that the outbox hands out each key's events in order and repea
   letter, or when the sink's configuration does not want it;
 * while an event is being retried nothing later of its key is delivered. After a partial failure the rest of the
   batch goes again from the first failed event of each failed key, even where the sink had taken a later one;
-* a sink that is slow, down or broken holds back nobody else: the thread, the connection and the position are its own.
+* a sink that is slow, down or broken holds back nobody else: the thread, the connection and the position are its own;
+* a daemon that was stopped and continued delivers nothing it has not first made sure to own, and acknowledges nothing
+  once another has taken over: every acknowledgement names the epoch.
+
+Ephemeral changes (``delivery: ephemeral``) come from the listener, are delivered between two batches and never twice:
+what fails is dropped, and counted.
 
 States, as `cdc status` shows them::
 
-    waiting ──owner lock──▶ running ◀──────────▶ retrying        (transient failure, for ever)
-       ▲                       │
-       └── connection lost ────┴──▶ stopped                      (disabled, or a permanent failure under `stop`)
+    waiting ──claimed──▶ running ◀──────────▶ retrying        (transient failure, for ever)
+       ▲                    │    ◀──────────▶ dropping        (ephemeral changes are lost because the sink fails)
+       └── connection lost ─┴──▶ stopped                      (disabled, or a permanent failure under `stop`)
 
 On each failure: no connection, or a lost one: reconnect with back-off and read the same window again. Fenced (another
-daemon took over): forget everything and wait for the lock. An exception nobody expected: logged with its traceback,
-treated as transient. A stop request ends waits and retries; what was delivered until then is acknowledged.
+daemon took over): forget everything and wait until the sink is free. An exception nobody expected: logged with its
+traceback, treated as transient. A stop request ends waits and retries; what was delivered until then is acknowledged.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cdc import crashpoints
+from cdc.bell import HEARTBEAT, Bell, Sleeper
 from cdc.connection import Connection
 from cdc.errors import (
     CdcError,
@@ -39,16 +47,20 @@ from cdc.errors import (
     TransientFailure,
 )
 from cdc.event import Event, Op, join_object, split_row
-from cdc.listener import Bell, Sleeper
 from cdc.options import SinkOptions
-from cdc.outbox import Batch, Outbox, Unreadable
+from cdc.outbox import Batch, Outbox, Owner, Unreadable, join_process
 from cdc.retry import keep_alive, retrying
 from cdc.sinks.base import Sink
 
 log = logging.getLogger(__name__)
 
-STANDBY_INTERVAL = 2.0
+STANDBY_INTERVAL = 1.0
 """Seconds between tries to take a sink that another daemon serves."""
+CONFIRM_AFTER = 2.0
+"""Seconds without a word from the database after which a pipeline makes sure that the sink is still its own before it
+delivers; well below the lease after which another daemon may take it."""
+COUNT_INTERVAL = 1.0
+"""Seconds between two notes of how many ephemeral changes were dropped."""
 
 
 class Pipeline(threading.Thread):
@@ -68,7 +80,7 @@ class Pipeline(threading.Thread):
         sink: Sink[Any],
         bell: Bell,
         stop: threading.Event,
-        owner: str,
+        owner: Owner,
         on_delivered: Callable[[Sequence[Event]], None] | None = None,
     ) -> None:
         super().__init__(name=f"{database}/{sink.name}", daemon=True)
@@ -84,6 +96,11 @@ class Pipeline(threading.Thread):
         self._owner = owner
         self._on_delivered = on_delivered
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
+        self._heard_at = 0.0
+        self._failed = 0  # ephemeral changes the sink did not take
+        self._counted = 0  # dropped changes the database knows of
+        self._counted_at = 0.0
+        self._last_loss = ""
 
     def run(self) -> None:
         keep_alive(self._serve, CdcError, maximum=10.0, stop=self._stop_event, before_sleep=self._lost)
@@ -97,12 +114,25 @@ class Pipeline(threading.Thread):
     def _serve(self) -> None:
         """Serve the sink over one connection, until stopped or disabled; raises what ends the connection's use."""
         with Connection(self._dsn, purpose=self.sink) as connection:
+            join_process(connection, self._owner.process)
             outbox = Outbox(connection, database=self.database, sink=self.sink, owner=self._owner)
-            while not outbox.claim(start=self._options.start):
+            while (claim := outbox.claim(start=self._options.start)) is None:
                 self.state = "waiting"
                 if self._stop_event.wait(STANDBY_INTERVAL):
                     return
-            log.info("Serving.", extra=self._fields(owner=self._owner))
+            crashpoints.reached("after-claim")
+            self._heard()
+            self._last_loss = ""
+            log.info("Serving.", extra=self._fields(owner=self._owner.name, epoch=claim.epoch))
+            if claim.happened == "promoted":
+                log.warning(
+                    "The database is on another timeline: a standby was promoted, or it was restored to an earlier "
+                    "time. Going on from the position it has; some events may come again, and changes it has lost may "
+                    "have been delivered.",
+                    extra=self._fields(),
+                )
+            elif claim.happened == "upgraded":
+                log.warning("The database was moved by pg_upgrade; its positions are still good.", extra=self._fields())
             self._bell.join(self._sleeper)
             try:
                 self._guarded(outbox, self._sink.open)
@@ -131,25 +161,36 @@ class Pipeline(threading.Thread):
     def _loop(self, outbox: Outbox) -> None:
         limits = self._options.batch
         acked: int | None = None
-        while True:
-            # In this order: a stop request that comes after its flag was read ends the next rest.
-            self._bell.looking(self._sleeper)
-            if self._stop_event.is_set():
-                break
-            batch = outbox.next_batch(acked, events=limits.events, bytes_=limits.bytes)
-            self._become(outbox, "running")
-            if batch is None:
-                acked = None
-                self._bell.rest(self._sleeper)
-                continue
-            self._bell.found(self._sleeper, full=batch.full)
-            if not self._process(outbox, batch):
-                return
-            acked = batch.last_seq
-            if not batch.full:
-                self._bell.pace(self._sleeper)
+        is_time = True
+        while not self._stop_event.is_set():  # a stop request that comes later ends the next rest
+            if is_time:
+                self._bell.looking(self._sleeper)
+                if acked is not None:
+                    crashpoints.reached("before-acknowledge")
+                batch = outbox.next_batch(acked, events=limits.events, bytes_=limits.bytes)
+                crashpoints.reached("after-read")
+                self._heard()
+                if self.state != "dropping":
+                    self._become(outbox, "running")
+                if batch is None:
+                    acked = None
+                    self._bell.found_nothing(self._sleeper)
+                else:
+                    self._bell.found(self._sleeper, full=batch.full)
+                    if not self._process(outbox, batch):
+                        return
+                    acked = batch.last_seq
+                    if not batch.full:
+                        self._bell.pace(self._sleeper)
+            self._pass_on(outbox)
+            is_time = self._bell.rest(self._sleeper)
+            if not is_time and self._silent_for() >= HEARTBEAT:
+                outbox.confirm()
+                self._heard()
+        crashpoints.reached("draining")
         if acked is not None:
             outbox.acknowledge(acked)
+            crashpoints.reached("after-acknowledge")
 
     def _process(self, outbox: Outbox, batch: Batch) -> bool:
         """Get a batch off our hands; False when stopped before all of it was."""
@@ -177,8 +218,11 @@ class Pipeline(threading.Thread):
         def failed(error: BaseException, wait: float) -> None:
             if self.state != "retrying":
                 log.warning("The sink fails; retrying.", extra=self._fields(error=str(error), retry_in=round(wait, 1)))
-            self._bell.leave(self._sleeper)  # waiting for a sink must not keep the others awake
+            self._bell.step_out(self._sleeper)
             self._become(outbox, "retrying", str(error))
+            self._heard()
+            self._count_dropped(outbox)
+            crashpoints.reached("in-back-off")
 
         def attempt() -> Any:
             try:
@@ -196,7 +240,7 @@ class Pipeline(threading.Thread):
         result = attempts(attempt)
         if self.state == "retrying":
             log.info("The sink works again.", extra=self._fields())
-            self._bell.join(self._sleeper)
+            self._bell.step_in(self._sleeper)
             self._become(outbox, "running")
         return result
 
@@ -209,8 +253,11 @@ class Pipeline(threading.Thread):
         Raises:
             TransientFailure: nothing was delivered; SinkDisabled; DatabaseError.
         """
+        self._make_sure(outbox)
         try:
+            crashpoints.reached("before-deliver")
             self._sink.deliver(list(batch))  # whatever the sink does with its list, ours stays
+            crashpoints.reached("after-deliver")
         except PermanentFailure as error:
             if len(batch) > 1:
                 # At least one of them is the culprit: halves find it in few deliveries, in order.
@@ -261,7 +308,72 @@ class Pipeline(threading.Thread):
 
     def _set_aside(self, outbox: Outbox, event: Event | Unreadable, reason: str) -> None:
         outbox.add_dead_letter(event, reason)
+        crashpoints.reached("after-dead-letter")
         log.error("An event became a dead letter.", extra=self._fields(event_id=event.id, error=reason))
+
+    # -- ephemeral changes --------------------------------------------------------------------------------------
+
+    def _pass_on(self, outbox: Outbox) -> None:
+        """Deliver what the listener has handed over, once."""
+        while not self._stop_event.is_set() and (events := self._sleeper.inbox.take(self._options.batch.events)):
+            self._make_sure(outbox)
+            self._pass_batch_on(outbox, events)
+        self._count_dropped(outbox)
+
+    def _pass_batch_on(self, outbox: Outbox, batch: list[Event]) -> None:
+        try:
+            self._sink.deliver(list(batch))
+        except SinkDisabled:
+            raise
+        except PermanentFailure as error:
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                self._pass_batch_on(outbox, batch[:middle])
+                self._pass_batch_on(outbox, batch[middle:])
+            else:
+                self._drop(outbox, 1, str(error))
+        except PartialFailure as error:
+            self._drop(outbox, len(error.failures), str(error))
+        except DeliveryError as error:
+            self._drop(outbox, len(batch), str(error))
+        except Exception as error:
+            log.exception("The sink raised what it should not.", extra=self._fields())
+            self._drop(outbox, len(batch), f"unexpected {type(error).__name__}")
+        else:
+            if self.state == "dropping":
+                log.info("The sink works again.", extra=self._fields())
+                self._become(outbox, "running")
+            if self._on_delivered:
+                self._on_delivered(batch)
+
+    def _drop(self, outbox: Outbox, number: int, error: str) -> None:
+        self._failed += number
+        if self.state != "dropping":
+            log.error("The sink fails; ephemeral changes are dropped.", extra=self._fields(error=error))
+            self._become(outbox, "dropping", error)
+
+    def _count_dropped(self, outbox: Outbox) -> None:
+        """Let the database know how many were dropped, now and then."""
+        dropped = self._failed + self._sleeper.inbox.dropped
+        now = time.monotonic()
+        if dropped > self._counted and now - self._counted_at >= COUNT_INTERVAL:
+            outbox.add_dropped(dropped - self._counted)
+            self._counted, self._counted_at = dropped, now
+
+    # -- ownership ----------------------------------------------------------------------------------------------
+
+    def _heard(self) -> None:
+        """Note that the database has just answered, under our epoch."""
+        self._heard_at = _now()
+
+    def _silent_for(self) -> float:
+        return _now() - self._heard_at
+
+    def _make_sure(self, outbox: Outbox) -> None:
+        """Before delivering: unless the database has just said so, ask whether the sink is still ours."""
+        if self._silent_for() > CONFIRM_AFTER:
+            outbox.confirm()
+            self._heard()
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -272,8 +384,11 @@ class Pipeline(threading.Thread):
         outbox.set_state(state, error)
 
     def _lost(self, error: BaseException, wait: float) -> None:
-        level = logging.WARNING if isinstance(error, DatabaseUnreachable | Fenced) else logging.ERROR
         self.state = "waiting"
+        level = logging.WARNING if isinstance(error, DatabaseUnreachable | Fenced) else logging.ERROR
+        if str(error) == self._last_loss:
+            level = logging.DEBUG  # said already
+        self._last_loss = str(error)
         log.log(level, "The pipeline is interrupted.", extra=self._fields(error=str(error), retry_in=round(wait, 1)))
 
     def _close_sink(self) -> None:
@@ -284,6 +399,11 @@ class Pipeline(threading.Thread):
 
     def _fields(self, **fields: object) -> dict[str, object]:
         return {"fields": {"database": self.database, "sink": self.sink, **fields}}
+
+
+def _now() -> float:
+    """Seconds by a clock that goes on while the process is stopped and while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _reach(event: Event) -> tuple[tuple[str, str], set[str]]:

@@ -19,7 +19,9 @@ from cdc.cli.check import check
 from cdc.cli.demo import demo
 from cdc.cli.logs import set_up_logging
 from cdc.cli.migrate import migrate
+from cdc.cli.rebase import rebase
 from cdc.cli.run import run
+from cdc.cli.sinks import sinks
 from cdc.cli.status import status
 from cdc.cli.terminal import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNREACHABLE
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
@@ -64,5 +66,5 @@ def main(context: click.Context, path: Path | None, log_level: str | None, log_f
     context.obj = App(lambda: configuration.find(path, os.environ), os.environ, log_level, log_format)
 
 
-for _command in (check, demo, migrate, run, status):
+for _command in (check, demo, migrate, rebase, run, sinks, status):
     main.add_command(_command)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
+from cdc import crashpoints
 from cdc.cli.app import App, pass_app
 from cdc.cli.migrate import migrate_all
 from cdc.daemon import Daemon
@@ -20,6 +22,11 @@ def run(app: App, first_migrate: bool, until_idle: bool) -> None:
 
     SIGTERM or SIGINT finishes and acknowledges what is in flight; a second one ends at once.
     """
+    if spec := os.environ.get("CDC_CRASH_AT"):
+        try:
+            crashpoints.arm(spec)
+        except ValueError as error:
+            raise click.UsageError(f"CDC_CRASH_AT: {error}") from None
     with app.places() as places:
         if first_migrate and migrate_all(app, places, list(places), all_on_stderr=True):
             sys.exit(1)

@@ -14,13 +14,16 @@ from rich.table import Table
 from cdc import diagnosis
 from cdc.cli.app import App, pass_app
 from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain
-from cdc.diagnosis import DatabaseStatus, SinkLine
+from cdc.diagnosis import DatabaseStatus, SinkLine, is_silent
 from cdc.outbox import OpenTransaction
 
 RECENT = 900.0
 """Seconds for which the last error of a sink that runs again is shown."""
 LONG_OPEN = 5.0
 """Seconds after which an open transaction is worth a line."""
+
+QUEUE_IS_FILLING = 0.1
+"""Fill of the notification queue that is worth a line."""
 
 _STYLES = {"running": "green", "waiting": "cyan", "new": "cyan", "unknown": "yellow"}
 _BAD = "bold red"
@@ -35,8 +38,9 @@ _NUMBERS = ("pending", "lag", "last delivery", "dead letters")
 def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
     """Show every sink's state, pending events and lag, and what holds delivery back.
 
-    A sink is running, retrying, stopped or waiting as its daemon says; down: no daemon serves it; new: it has no
-    position yet; unknown: the configuration no longer has it. Exit code 69 when a database cannot be reached.
+    A sink is running, retrying, dropping (ephemeral changes, because it fails) or stopped, as its daemon says; down: no
+    daemon serves it; new: it has no position yet; unknown: the configuration no longer has it. Exit code 69 when a
+    database cannot be reached.
     """
     selected = app.select(names)
     with app.places(selected) as places:
@@ -104,6 +108,13 @@ def _summary(database: DatabaseStatus) -> str:
 def _notes(database: DatabaseStatus, now: datetime) -> Iterator[str]:
     """What somebody should know, one sentence each."""
     yield from database.problems
+    if database.outbox_held_by:
+        yield (f"the outbox keeps what {', '.join(database.outbox_held_by)} has not delivered, beyond its retention")
+    if (database.notify_queue_usage or 0) > QUEUE_IS_FILLING:
+        yield (
+            f"the notification queue is {database.notify_queue_usage:.0%} full: a session listens and does not read "
+            "(the server's log names its pid)"
+        )
     oldest = database.oldest_transaction
     if oldest is not None and (oldest.age is None or oldest.age > LONG_OPEN):
         yield _open_transaction(oldest)
@@ -123,13 +134,15 @@ def _about(line: SinkLine, now: datetime) -> str | None:
         if line.state != "running" or since < RECENT:
             error = f"last error {age(since)} ago: {detail.last_error}"
     served_by = f"; the last one was {detail.owner}, look into its log" if detail.owner else ""
+    silent = f"down: its daemon {detail.owner} has said nothing for {age(detail.silent_for or 0)}: stopped, or cut off"
     explained = {
-        "down": f"down: no daemon serves it (start cdc run{served_by})",
+        "down": silent if is_silent(detail) else f"down: no daemon serves it (start cdc run{served_by})",
         "stopped": "stopped: it takes nothing more (mend the cause, then restart cdc run)",
         "unknown": "unknown: the configuration no longer has it, and its position keeps the outbox from being given "
         "back (cdc sinks forget, if it is not coming back)",
     }.get(line.state, line.state if error and line.state != "running" else "")
-    return "; ".join(filter(None, (explained, error))) or None
+    dropped = f"{detail.dropped} ephemeral changes were dropped so far" if detail.dropped else ""
+    return "; ".join(filter(None, (explained, error, dropped))) or None
 
 
 def _open_transaction(oldest: OpenTransaction) -> str:

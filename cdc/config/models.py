@@ -15,6 +15,7 @@ from pydantic import (
     SerializeAsAny,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from cdc.config.dsn import Dsn, DsnFile, describe, read_dsn_file
@@ -26,6 +27,7 @@ from cdc.options import (
     Distinct,
     Duration,
     SinkOptions,
+    Size,
     StrictModel,
     TablePattern,
     is_glob,
@@ -75,7 +77,6 @@ class TableConfig(StrictModel):
     _exclude = not_supported_yet("exclude", except_for=((),))
     _mask = not_supported_yet("mask", except_for=({},))
     _when = not_supported_yet("when", except_for=({},))
-    _delivery = not_supported_yet("delivery", except_for=("durable",))
     _model = not_supported_yet("model")
 
 
@@ -96,6 +97,7 @@ class DatabaseConfig(StrictModel):
         notify_payload: what they say: the change, or only that there is one.
         channel: name of the NOTIFY channel.
         retention: seconds an event is kept after delivery.
+        outbox_alarm: bytes of the outbox on disk above which the daemon and `cdc status` raise an alarm.
     """
 
     dsn: Dsn | None = None
@@ -106,6 +108,7 @@ class DatabaseConfig(StrictModel):
     notify_payload: Literal["diff", "wake"] = "diff"
     channel: str = "cdc"
     retention: Duration = 86_400.0
+    outbox_alarm: Size = Field(default=10 * 2**30, ge=1)
 
     @field_validator("dsn_file")
     @classmethod
@@ -116,6 +119,22 @@ class DatabaseConfig(StrictModel):
             if value is not None and info.data["dsn"] is not None:
                 raise ValueError("given beside dsn (keep one of the two)")
         return value
+
+    @model_validator(mode="after")
+    def _ephemeral_needs_notify(self) -> DatabaseConfig:
+        if self.notify == "off" and self.has_ephemeral:
+            raise ValueError("notify: off, and a table with delivery: ephemeral (its changes go by NOTIFY alone)")
+        return self
+
+    @property
+    def has_ephemeral(self) -> bool:
+        """Whether there are tables whose changes go by NOTIFY alone."""
+        return any(table.delivery == "ephemeral" for table in self.tables.values())
+
+    def is_ephemeral(self, schema: str, table: str) -> bool:
+        """Whether the changes of a table go by NOTIFY alone."""
+        options = self.options_for(schema, table)
+        return options is not None and options.delivery == "ephemeral"
 
     @field_validator("channel")
     @classmethod

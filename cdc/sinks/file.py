@@ -1,11 +1,25 @@
 """Events in files: JSON Lines, appended, on disk before they are acknowledged.
 
 What a file may look like after a crash: whole lines, then perhaps a torn one. A torn last line was never
-acknowledged, so it is cut off when the file is opened, and the event is delivered again. A write that fails half-way
-(disk full, size limit) is cut off at once in the same way.
+acknowledged, so whoever appends next cuts it off, and the event is delivered again. A batch that cannot be written or
+synced (disk full, size limit, bad disk) is cut off whole at once, for a failed fsync tells nothing about what is on
+disk, and goes again whole. Almost every such failure is transient: somebody can mend it under our feet.
 
-Several processes, or several databases, may share a file: every change to it is made under its flock, in append mode.
-A file that was moved or removed (logrotate) is made anew.
+A file that was moved or removed (logrotate) is made anew, with its directory.
+
+Several processes, or several databases, may share a file. They append one at a time, under its flock; but a process
+that is frozen with the lock (SIGSTOP) must not stop the others, so after LOCK_PATIENCE they go on without it. What
+keeps the file whole then, whenever the frozen one wakes, is a second lock, which says who may cut:
+
+* an append holds it shared from before its look at the end of the file until it is synced: any number of frozen ones
+  keep nobody from appending, and the kernel puts writes in append mode one after the other;
+* whoever cuts off anything, a torn line or its own failed batch, holds it exclusively. So nothing is cut while a frozen
+  process may still go on with the line, or another has appended lines that already count;
+* nobody appends to a torn line: before the write it must be possible to cut it, and after the write a look at what
+  stands before ours tells whether somebody's write failed in that instant. If so, the batch is retried.
+
+So half a line whose writer is frozen does stop the others, until that process goes on or is ended (they say so), and a
+failed batch with somebody else's lines after it stays: repeated, never lost. Both locks need a local file system.
 """
 
 from __future__ import annotations
@@ -13,15 +27,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import re
+import struct
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator
 
+from cdc import crashpoints
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
 from cdc.options import SinkOptions
@@ -31,7 +49,29 @@ _PLACEHOLDERS = ("database", "schema", "table", "op")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _OPEN_FILES = 64
 # What no later attempt with the same name will mend.
-_HOPELESS = (errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.ENOTDIR, errno.ELOOP)
+_HOPELESS = (errno.ENAMETOOLONG, errno.EINVAL)
+_CURES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EFBIG: "move the file away, or raise the limit on file sizes",
+    errno.EROFS: "mount it writable; under systemd, name it in ReadWritePaths=",
+    errno.EIO: "check the disk and the kernel's log",
+    errno.EACCES: "give the user cdc runs as the right to read and write it and its directory",
+    errno.EPERM: "give the user cdc runs as the right to read and write it and its directory",
+    errno.EISDIR: "path must name a file; move that directory away",
+    errno.EEXIST: "move away what stands in the place of its directory",
+    errno.ENOTDIR: "move away what stands in the place of its directory",
+    errno.ESPIPE: "path must name a file; move that pipe away",
+}
+
+LOCK_PATIENCE = 1.0
+"""Seconds to wait for a lock before its holder counts as frozen."""
+
+_LOCK_PATIENCE_LATER = 0.05  # once it does, so that a backlog is not delivered at one batch per second
+_LOCK_INTERVAL = 0.002
+_UNFINISHED = "it ends in half a line, and a process that holds its lock does not move (end that, or let it go on)"
+
+log = logging.getLogger(__name__)
 
 
 class FileOptions(SinkOptions):
@@ -77,10 +117,8 @@ class FileSink(Sink[FileOptions]):
                 # A lone surrogate inside a json column is legal JSON only as an escape, so this cannot fail on one.
                 self._file(path).append(lines.encode())
             except OSError as error:
-                self._files.pop(path).close()
-                kind = PermanentFailure if error.errno in _HOPELESS else TransientFailure
-                failure = kind(f"cannot write {path}: {error.strerror}")
-                failures.update(dict.fromkeys(indexes, failure))
+                self._files[path].close()
+                failures.update(dict.fromkeys(indexes, _failure(path, error)))
         if failures:
             raise PartialFailure(failures)
 
@@ -112,44 +150,46 @@ def _file_name(name: str) -> str:
     return {".": "%2E", "..": "%2E%2E"}.get(safe, safe)
 
 
+def _failure(path: str, error: OSError) -> TransientFailure | PermanentFailure:
+    kind = PermanentFailure if error.errno in _HOPELESS else TransientFailure
+    cure = _CURES.get(error.errno or 0)
+    return kind(f"cannot write {path}: {error.strerror}" + (f" ({cure})" if cure else ""))
+
+
 class _LineFile:
     """One file of whole lines."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
+        self._is_stuck = False
 
     def append(self, data: bytes) -> None:
         """Add whole lines and wait until they are on disk; all of them, or, after an OSError, none."""
         descriptor = self._open()
-        with _locked(descriptor):
-            size = os.fstat(descriptor).st_size
-            try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-                os.fsync(descriptor)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, size)
-                raise
+        try:
+            self._wait_for_turn(descriptor)
+            if _is_torn(descriptor):
+                _cut_torn_line(descriptor)
+            _append(descriptor, data)
+        finally:
+            _cut_lock(descriptor, fcntl.F_UNLCK)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # what counts was synced before
+                os.close(descriptor)
 
     def _open(self) -> int:
         if self._descriptor is not None and not self._is_current(self._descriptor):
             self.close()
         if self._descriptor is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not self._path.exists()
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-            with _locked(self._descriptor):
-                _cut_torn_line(self._descriptor)
-            if is_new:
-                _sync_directory(self._path.parent)
+            # Also for a file that was there: whoever made it may have died before this.
+            _sync_directory(self._path.parent)
         return self._descriptor
 
     def _is_current(self, descriptor: int) -> bool:
@@ -159,19 +199,78 @@ class _LineFile:
             return False
         return os.path.samestat(there, os.fstat(descriptor))
 
+    def _wait_for_turn(self, descriptor: int) -> None:
+        patience = _LOCK_PATIENCE_LATER if self._is_stuck else LOCK_PATIENCE
+        locked = _try(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+        if not locked and not self._is_stuck:
+            fields = {"path": str(self._path), "waited": patience}
+            log.warning("Who holds a file's lock does not move; going on without it.", extra={"fields": fields})
+        self._is_stuck = not locked
 
-@contextlib.contextmanager
-def _locked(descriptor: int) -> Iterator[None]:
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+def _try(lock: Callable[[], object], patience: float) -> bool:
+    """Take a lock, or give up after so many seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            lock()
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_INTERVAL)
+        else:
+            return True
+
+
+def _cut_lock(descriptor: int, kind: int) -> bool:
+    """Take the lock that says who may cut (the head of this module tells): F_RDLCK, F_WRLCK or F_UNLCK."""
+    # Of the open file, not of the process: two sinks of one process may share a file, too.
+    flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
+    return _try(lambda: fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, flock), LOCK_PATIENCE)
+
+
+def _size(descriptor: int) -> int:
+    # Not fstat: this fails where nothing can be appended and synced, on a pipe, before anything is written.
+    return os.lseek(descriptor, 0, os.SEEK_END)
+
+
+def _is_torn(descriptor: int, end: int | None = None) -> bool:
+    """Whether the file, or what is before `end` in it, ends in the middle of a line."""
+    end = _size(descriptor) if end is None else end
+    return end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
+
+
+def _append(descriptor: int, data: bytes) -> None:
+    """Write all of it and sync it, or leave nothing of it behind."""
+    if not _cut_lock(descriptor, fcntl.F_RDLCK) or _is_torn(descriptor):
+        raise OSError(errno.EAGAIN, _UNFINISHED)
+    rest = memoryview(data)
+    step = (len(data) + 1) // 2 if crashpoints.armed("half-written") else len(data)
+    end = -1
     try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        while rest:
+            if end >= 0 and _size(descriptor) != end:
+                raise OSError(errno.EAGAIN, "another process wrote in between")
+            rest = rest[os.write(descriptor, rest[:step]) :]
+            end = os.lseek(descriptor, 0, os.SEEK_CUR)  # where our bytes end, whoever else appends
+            if rest:
+                crashpoints.reached("half-written")
+        crashpoints.reached("after-write")
+        os.fsync(descriptor)
+        if _is_torn(descriptor, end - len(data)):
+            raise OSError(errno.EAGAIN, "another process wrote half a line in between")
+    except OSError:
+        with contextlib.suppress(OSError):
+            if end == _size(descriptor) and _cut_lock(descriptor, fcntl.F_WRLCK) and end == _size(descriptor):
+                os.ftruncate(descriptor, end - len(data) + len(rest))
+        raise
 
 
 def _cut_torn_line(descriptor: int) -> None:
     """Remove what follows the last line break."""
-    end = size = os.fstat(descriptor).st_size
+    if not _cut_lock(descriptor, fcntl.F_WRLCK):
+        raise OSError(errno.EAGAIN, _UNFINISHED)
+    end = size = _size(descriptor)
     while end > 0:
         start = max(0, end - 65536)
         found = os.pread(descriptor, end - start, start).rfind(b"\n")
@@ -181,7 +280,6 @@ def _cut_torn_line(descriptor: int) -> None:
         end = start
     if end < size:
         os.ftruncate(descriptor, end)
-        os.fsync(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -18,20 +18,28 @@ select array_agg(a.attname::text order by k.n)
 
 -- name: register_sink
 -- Give a new sink its first position: before everything kept (earliest), or here. One that is known keeps its own.
-insert into cdc.sink (name, system_identifier, snap_lo)
-select %(sink)s, c.system_identifier,
+insert into cdc.sink (name, system_identifier, timeline, snap_lo)
+select %(sink)s, p.system_identifier, p.timeline,
        case when %(start)s = 'earliest' then '3:3:'::pg_snapshot else pg_current_snapshot() end
-  from pg_catalog.pg_control_system() c
+  from cdc.place() p
     on conflict (name) do nothing
 returning name;
 
--- name: try_own
--- Become the one session that serves a sink. False: another daemon does. No row: the sink is not registered.
-select pg_try_advisory_lock(6513764, id) from cdc.sink where name = %(sink)s;
+-- name: join_process
+-- Say which process this session belongs to, for as long as it lasts.
+select pg_advisory_lock_shared(6513766, %(process)s);
 
--- name: claim
--- Fence off whoever served the sink before.
-update cdc.sink set epoch = epoch + 1, owner = %(owner)s where name = %(sink)s returning epoch;
+-- name: beat
+-- Be heard of. The answer does not matter: that a session of this process has just spoken can be seen by everybody.
+select 1;
+
+-- name: take
+-- Become the one session that serves a sink. Epoch null: another daemon does, or the sink is not registered.
+select epoch, happened from cdc.take(%(sink)s, %(owner)s, %(process)s, make_interval(secs => %(patience)s));
+
+-- name: confirm
+-- Whether a sink is still ours. No row: another daemon has taken it over.
+select 1 from cdc.sink where name = %(sink)s and epoch = %(epoch)s;
 
 -- name: next_batch
 -- Acknowledge, and read on. The rows may be used once this has committed.
@@ -44,12 +52,17 @@ update cdc.sink set last_seq = greatest(last_seq, %(acked)s), delivered_at = clo
 returning name;
 
 -- name: set_state
--- What a sink is doing, for people; written on changes only.
+-- What a sink is doing, for people; written on changes only. No row: another daemon serves it.
 update cdc.sink
    set state = %(state)s, state_since = clock_timestamp(),
        last_error = coalesce(%(error)s, last_error),
        last_error_at = case when %(error)s::text is null then last_error_at else clock_timestamp() end
- where name = %(sink)s and epoch = %(epoch)s;
+ where name = %(sink)s and epoch = %(epoch)s
+returning name;
+
+-- name: add_dropped
+-- Count ephemeral changes that were not delivered.
+update cdc.sink set dropped = dropped + %(dropped)s where name = %(sink)s and epoch = %(epoch)s;
 
 -- name: add_dead_letter
 -- Set an event aside. Redelivered and refused again after a crash, it is still one dead letter.
@@ -91,6 +104,41 @@ select pg_advisory_unlock(6513763, 1);
 -- How full the cluster's notification queue is, 0 to 1. Asking also frees a queue that once filled up.
 select pg_notification_queue_usage();
 
+-- name: silence
+-- Keep triggers whose ringing no lock can stop from ringing, for so many seconds; 0: let them ring again.
+update cdc.installation set silent_until = clock_timestamp() + make_interval(secs => %(seconds)s);
+
+-- name: armed_by_another
+-- Whether another session asks the writers to ring.
+select exists (select from pg_catalog.pg_locks l
+                where l.locktype = 'advisory' and l.classid = 6513763 and l.objid = 1 and l.granted
+                  and l.mode = 'ExclusiveLock' and l.pid <> pg_backend_pid()
+                  and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database()));
+
+-- name: forgettable
+-- How many dead letters a sink has, and who serves or served it last.
+select (select count(*) from cdc.dead_letter d where d.sink = k.name), k.owner from cdc.sink k where k.name = %(sink)s;
+
+-- name: forget_sink
+-- Remove a sink's position and dead letters, unless somebody serves it. No row: it is served, or there is none.
+with gone as (
+  delete from cdc.sink k where k.name = %(sink)s and not exists (select from cdc.holder(k.id, k.epoch)) returning name
+), letters as (
+  delete from cdc.dead_letter d using gone where d.sink = gone.name
+)
+select name from gone;
+
+-- name: moved_sinks
+-- Sinks whose position was taken in another cluster and says nothing here.
+select k.name from cdc.sink k, cdc.place() p
+ where k.system_identifier <> p.system_identifier
+   and (p.is_copy or pg_snapshot_xmax(k.snap_lo) > pg_snapshot_xmax(pg_current_snapshot()))
+ order by k.name;
+
+-- name: rebase
+-- Give every sink a position that means something here; how many events will be delivered.
+select cdc.rebase();
+
 -- name: rotate
 -- Give space of the outbox back.
 select cdc.rotate(make_interval(secs => %(retention)s));
@@ -98,13 +146,14 @@ select cdc.rotate(make_interval(secs => %(retention)s));
 -- name: sink_status
 -- Where every sink stands. Pending counts at most 100001 events and includes those the sink does not want.
 select k.name, k.state, k.owner, k.last_error, k.last_error_at, k.delivered_at,
-       exists (select from pg_catalog.pg_locks l
-                where l.locktype = 'advisory' and l.classid = 6513764 and l.objid = k.id::oid and l.granted
-                  and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())) as served,
+       h.pid is not null as served,
+       extract(epoch from clock_timestamp() - h.heard_at)::float8 as silent_for,
        p.pending,
        extract(epoch from clock_timestamp() - p.oldest)::float8 as lag,
-       (select count(*) from cdc.dead_letter d where d.sink = k.name) as dead_letters
+       (select count(*) from cdc.dead_letter d where d.sink = k.name) as dead_letters,
+       k.dropped
   from cdc.sink k
+  left join lateral cdc.holder(k.id, k.epoch) h on true
   cross join lateral (
     select count(*) as pending, min(w.captured_at) as oldest
       from (select e.captured_at from cdc.event e
@@ -232,11 +281,13 @@ select w.privilege, w.kind || ' cdc' || coalesce('.' || w.object, '')
     ('select', 'table', 'event_0'), ('select', 'table', 'event_1'), ('select', 'table', 'event_2'),
     ('truncate', 'table', 'event_0'), ('truncate', 'table', 'event_1'), ('truncate', 'table', 'event_2'),
     ('select', 'sequence', 'event_seq'), ('update', 'sequence', 'event_seq'),
-    ('select', 'table', 'sink'), ('insert', 'table', 'sink'), ('update', 'table', 'sink'),
+    ('select', 'table', 'sink'), ('insert', 'table', 'sink'), ('update', 'table', 'sink'), ('delete', 'table', 'sink'),
+    ('select', 'table', 'origin'),
     ('select', 'table', 'dead_letter'), ('insert', 'table', 'dead_letter'),
     ('update', 'table', 'dead_letter'), ('delete', 'table', 'dead_letter'),
     ('execute', 'function', 'next_batch'), ('execute', 'function', 'covers'), ('execute', 'function', 'rotate'),
-    ('execute', 'function', 'capture_plan')) as w (privilege, kind, object)
+    ('execute', 'function', 'slot'), ('execute', 'function', 'holder'), ('execute', 'function', 'place'),
+    ('execute', 'function', 'take'), ('execute', 'function', 'capture_plan')) as w (privilege, kind, object)
   left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.object and w.kind in ('table', 'sequence')
   left join pg_catalog.pg_proc p on p.pronamespace = n.oid and p.proname = w.object and w.kind = 'function'
  where n.nspname = 'cdc'

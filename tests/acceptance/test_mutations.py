@@ -36,7 +36,7 @@ from workload import CAPTURED, SCHEMA, TABLES, Workload
 
 from cdc.connection import Connection
 from cdc.event import Event, Op
-from cdc.outbox import Batch, Outbox
+from cdc.outbox import Batch, Outbox, Owner
 
 SECONDS = 6.0
 LINGER = 0.4
@@ -54,7 +54,7 @@ class _CorrectReader:
 
     def __init__(self, conn: Connection) -> None:
         self._conn = conn
-        self._outbox = Outbox(conn, database=DATABASE, sink=type(self).__name__, owner="test")
+        self._outbox = Outbox(conn, database=DATABASE, sink=type(self).__name__, owner=Owner(type(self).__name__, 1))
         assert self._outbox.claim(start="earliest")
         self._acked: int | None = None
 

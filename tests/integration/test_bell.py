@@ -14,14 +14,18 @@ import psycopg2
 import pytest
 from psycopg2.extensions import connection
 
+from cdc import bell as bell_module
 from cdc import listener, pipeline
+from cdc.bell import Bell, Mode, Sleeper
 from cdc.errors import TransientFailure
 from cdc.event import Event
-from cdc.listener import Bell, Listener, Mode, Sleeper
+from cdc.listener import Listener
 from cdc.options import BatchOptions, RetryOptions, SinkOptions
+from cdc.outbox import Owner
 from cdc.pipeline import Pipeline
 from cdc.sinks.base import Sink
 
+OWNER = Owner("test", 1)
 SOON = 3.0
 """Seconds a delivery may take on a busy machine; a lost wake-up takes SAFETY_POLL, ten times as long."""
 
@@ -95,7 +99,9 @@ class House:
         self.dsn = dsn
         self.bell = bell or CountingBell("adaptive")
         self.stop = threading.Event()
-        self.listener = Listener(dsn, database="shop", channel="cdc", bell=self.bell, stop=self.stop)
+        self.listener = Listener(
+            dsn, database="shop", channel="cdc", bell=self.bell, stop=self.stop, process=OWNER.process
+        )
         self.pipelines: list[Pipeline] = []
 
     def listen(self) -> None:
@@ -103,7 +109,7 @@ class House:
 
     def serve(self, sink: str = "audit", **options: object) -> Collector:
         collector = Collector(sink, Options.model_validate(options))
-        served = Pipeline(self.dsn, database="shop", sink=collector, bell=self.bell, stop=self.stop, owner="test")
+        served = Pipeline(self.dsn, database="shop", sink=collector, bell=self.bell, stop=self.stop, owner=OWNER)
         self.pipelines.append(served)
         served.start()
         wait_for(lambda: served.state == "running")  # from here on it knows where it began
@@ -245,7 +251,7 @@ def test_one_pipeline_that_works_keeps_the_bell_from_being_armed(house: House, s
         house.bell.join(sleeper)
     resting = threading.Thread(target=doze, args=(house, asleep))
     resting.start()
-    until = time.monotonic() + 5 * listener.SETTLE
+    until = time.monotonic() + 5 * bell_module.SETTLE
     while time.monotonic() < until:
         house.bell.looking(busy)
         house.bell.found(busy, full=False)
@@ -264,6 +270,7 @@ def doze(house: House, sleeper: Sleeper) -> None:
     """Look and find nothing, until the house ends."""
     while not house.stop.is_set():
         house.bell.looking(sleeper)
+        house.bell.found_nothing(sleeper)
         house.bell.rest(sleeper)
 
 
@@ -275,13 +282,13 @@ def test_an_event_wakes_only_those_who_want_it() -> None:
     bell.join(everything)
     event = Event.from_json(forged("items"))
     bell.wake(event)
-    assert (orders.woken.is_set(), everything.woken.is_set()) == (False, True)
+    assert (orders.called, everything.called) == (False, True)
     bell.wake()
-    assert orders.woken.is_set()
+    assert orders.called
     bell.looking(orders)
     bell.leave(orders)
     bell.wake()
-    assert not orders.woken.is_set()
+    assert not orders.called
 
 
 def test_whoever_looked_before_the_bell_was_armed_looks_once_more() -> None:
@@ -292,12 +299,14 @@ def test_whoever_looked_before_the_bell_was_armed_looks_once_more() -> None:
     bell.looking(sleeper)
     bell.arm()
     began = time.monotonic()
+    bell.found_nothing(sleeper)
     bell.rest(sleeper)
     assert time.monotonic() - began < SOON
     bell.looking(sleeper)
     timer = threading.Timer(0.05, bell.wake)
     timer.start()
     began = time.monotonic()
+    bell.found_nothing(sleeper)
     bell.rest(sleeper)
     assert 0.04 < time.monotonic() - began < SOON
     timer.join()
@@ -311,6 +320,7 @@ def test_a_ring_during_a_look_is_not_forgotten() -> None:
     bell.looking(sleeper)
     bell.wake()
     began = time.monotonic()
+    bell.found_nothing(sleeper)
     bell.rest(sleeper)
     assert time.monotonic() - began < SOON
 
@@ -358,7 +368,7 @@ def test_the_bell_is_not_armed_while_a_silent_writer_is_in_flight(
     house.listen()
     sink = house.serve()
     wait_for(lambda: house.pipelines[0].state == "running" and house.bell.audible)
-    until = time.monotonic() + 5 * listener.SETTLE
+    until = time.monotonic() + 5 * bell_module.SETTLE
     while time.monotonic() < until:
         assert not house.armed
         assert ring_lock(shop) == []
@@ -420,8 +430,9 @@ class TimedBell(CountingBell):
 def test_a_silent_commit_at_the_very_moment_of_arming_is_delivered_at_once(
     installed: str, shop: connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "SETTLE", 0.004)
-    monkeypatch.setattr(listener, "SHORTEST_POLL", 0.0003)
+    for module in (listener, bell_module):
+        monkeypatch.setattr(module, "SETTLE", 0.004)
+        monkeypatch.setattr(module, "SHORTEST_POLL", 0.0003)
     chance = random.Random(7)
     bell = TimedBell()
     house = House(installed, bell)
@@ -464,8 +475,9 @@ def spin(seconds: float) -> None:
 def test_random_writers_around_arming_and_disarming_never_wait_for_the_safety_poll(
     installed: str, shop: connection, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(listener, "SETTLE", 0.005)
-    monkeypatch.setattr(listener, "SHORTEST_POLL", 0.0003)
+    for module in (listener, bell_module):
+        monkeypatch.setattr(module, "SETTLE", 0.005)
+        monkeypatch.setattr(module, "SHORTEST_POLL", 0.0003)
     house = House(installed)
     house.listen()
     sinks = [house.serve("one", batch=BatchOptions(events=2)), house.serve("two", batch=BatchOptions(events=3))]
@@ -818,7 +830,7 @@ def test_a_listener_that_hears_nothing_says_so_and_polling_goes_on(
     (error, *_) = [r for r in logged if r.levelno == logging.ERROR]
     assert error.getMessage() == "The bell is out of order; polling instead."
     assert "notifications do not arrive" in error.fields["error"]  # type: ignore[attr-defined]
-    assert "notify: off" in error.fields["error"]  # type: ignore[attr-defined]
+    assert "session pool" in error.fields["error"]  # type: ignore[attr-defined]
     for id_ in range(3):
         insert(shop, id_)
         arrives(sink, id_)
@@ -1008,14 +1020,16 @@ def test_linger_bounds_the_pause_between_looks_while_awake() -> None:
     bell.join(sleeper)
     for _ in range(20):
         bell.looking(sleeper)
+        bell.found_nothing(sleeper)
         bell.rest(sleeper)
     assert sleeper.pause == 0.01
     bell.audible = False
     bell.looking(sleeper)
+    bell.found_nothing(sleeper)
     bell.rest(sleeper)
     assert sleeper.pause == 0.02
     bell.found(sleeper, full=False)
-    assert sleeper.pause == listener.SHORTEST_POLL
+    assert sleeper.pause == bell_module.SHORTEST_POLL
 
 
 def test_the_standby_interval_is_short() -> None:

@@ -13,7 +13,7 @@ from psycopg2.extensions import connection as PgConnection  # noqa: N812  # psyc
 
 from cdc.connection import Connection
 from cdc.event import Event, Image
-from cdc.outbox import Outbox, register_sink
+from cdc.outbox import Outbox, Owner, register_sink
 
 Connect = Callable[..., PgConnection]
 
@@ -25,7 +25,7 @@ class Shop:
         self.writer = writer
         self._connection = Connection(dsn, purpose="test")
         register_sink(self._connection, "test", start="earliest")
-        self._outbox = Outbox(self._connection, database="shop", sink="test", owner="test")
+        self._outbox = Outbox(self._connection, database="shop", sink="test", owner=Owner("test", 1))
         assert self._outbox.claim(start="earliest")
         self._acked: int | None = None
 

@@ -17,7 +17,7 @@ from cdc import outbox
 from cdc.connection import Connection
 from cdc.errors import DatabaseUnreachable, Fenced
 from cdc.event import Event, Op
-from cdc.outbox import Batch, Outbox, Unreadable
+from cdc.outbox import Batch, Outbox, Owner, Unreadable
 
 PLENTY = 1 << 40
 TURN = 1 << 24
@@ -41,7 +41,7 @@ class Reader:
 
     def __init__(self, dsn: str, sink: str = "audit", start: str = "earliest") -> None:
         self.connection = Connection(dsn, purpose=sink)
-        self.outbox = Outbox(self.connection, database="shop", sink=sink, owner="test")
+        self.outbox = Outbox(self.connection, database="shop", sink=sink, owner=Owner("test", 1))
         assert self.outbox.claim(start=start)
 
     def page(self, acked: int | None = None, *, events: int = 100_000, bytes_: int = PLENTY) -> list[Event]:
@@ -127,7 +127,7 @@ def test_nothing_to_read_is_none_and_writes_nothing(shop: connection, read: Call
 
 def test_an_idle_look_takes_no_transaction_id(shop: connection, session: Callable[[], connection]) -> None:
     one = session()
-    fetch(one, "insert into cdc.sink (name, system_identifier, snap_lo) values ('s', 1, '3:3:')")
+    fetch(one, "insert into cdc.sink (name, system_identifier, timeline, snap_lo) values ('s', 1, 1, '3:3:')")
     one.commit()
     assert fetch(one, "select * from cdc.next_batch('s', 0, null, 10, 1000)") == []
     assert value(one, "select pg_current_xact_id_if_assigned()") is None
@@ -550,7 +550,7 @@ def test_a_sink_has_one_owner_at_a_time(shop: connection, installed: str, read: 
     owner = read()
     epoch = value(shop, "select epoch from cdc.sink")
     with Connection(installed, purpose="rival") as session:
-        rival = Outbox(session, database="shop", sink="audit", owner="rival")
+        rival = Outbox(session, database="shop", sink="audit", owner=Owner("rival", 2))
         assert not rival.claim(start="earliest")
         assert not rival.claim(start="earliest")
         assert value(shop, "select epoch from cdc.sink") == epoch
@@ -564,7 +564,8 @@ def test_a_sink_has_one_owner_at_a_time(shop: connection, installed: str, read: 
 def test_two_who_claim_at_once_do_not_both_get_it(shop: connection, installed: str) -> None:
     def claim(number: int) -> tuple[Connection, bool]:
         session = Connection(installed, purpose=f"rival {number}")
-        return session, Outbox(session, database="shop", sink="audit", owner=str(number)).claim(start="now")
+        outbox = Outbox(session, database="shop", sink="audit", owner=Owner(str(number), number))
+        return session, outbox.claim(start="now") is not None
 
     for _ in range(5):
         with ThreadPoolExecutor(8) as pool:
@@ -592,7 +593,10 @@ def test_an_owner_of_an_older_epoch_is_refused_and_changes_nothing(
         old.page()
     with pytest.raises(Fenced):
         old.outbox.acknowledge(page[-1].source.seq)
-    old.outbox.set_state("retrying", "not mine any more")
+    with pytest.raises(Fenced):
+        old.outbox.set_state("retrying", "not mine any more")
+    with pytest.raises(Fenced):
+        old.outbox.confirm()
     assert sink_row(shop) == before
     assert ids(heir.everything()) == [1, 2, 3, 4, 5, 6]
 

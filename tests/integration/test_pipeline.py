@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,12 +13,12 @@ import pytest
 from psycopg2.extensions import connection
 
 from cdc import pipeline
+from cdc.bell import Bell
 from cdc.cli.logs import JsonFormatter, TextFormatter
 from cdc.errors import PartialFailure, PermanentFailure, SinkDisabled, TransientFailure
 from cdc.event import Event, Op
-from cdc.listener import Bell
 from cdc.options import BatchOptions, SinkOptions
-from cdc.outbox import Outbox
+from cdc.outbox import Outbox, Owner
 from cdc.pipeline import Pipeline
 from cdc.sinks.base import Sink
 
@@ -118,7 +119,7 @@ class Run:
             sink=self.sink,
             bell=bell,
             stop=self.stop,
-            owner=owner,
+            owner=Owner(owner, zlib.crc32(owner.encode()) >> 1),
             on_delivered=self.told.extend,
         )
 

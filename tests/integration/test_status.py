@@ -21,12 +21,12 @@ from click.testing import CliRunner, Result
 from psycopg2 import sql
 from psycopg2.extensions import connection, make_dsn
 
-from cdc import outbox
+from cdc import installer, outbox
 from cdc.cli import main
 from cdc.cli.terminal import age, byte_size
 from cdc.connection import Connection
 from cdc.embedded import start
-from cdc.outbox import Outbox
+from cdc.outbox import Outbox, Owner
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -35,10 +35,11 @@ UNREACHABLE = "host=127.0.0.1 port=1 dbname=shop user=cdc password=hunter2"
 TABLES = "create table orders (id bigint primary key, status text)"
 SINK_KEYS = {
     "state", "pending", "pending_capped", "lag_seconds", "delivered_at", "last_error", "last_error_at", "dead_letters",
-    "owner",
+    "owner", "dropped",
 }  # fmt: skip
 DATABASE_KEYS = {
     "state", "error", "revision", "armed", "outbox_bytes", "oldest_transaction", "drift", "problems", "sinks",
+    "outbox_held_by", "notify_queue_usage",
 }  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def shop(bare: Shop) -> Shop:
 def served(shop: Shop) -> Iterator[Outbox]:
     """Sink audit, claimed by this test as a daemon would."""
     with Connection(shop.dsn, purpose="test") as session:
-        book = Outbox(session, database="shop", sink="audit", owner="db1:4711")
+        book = Outbox(session, database="shop", sink="audit", owner=Owner("db1:4711", 4711))
         assert book.claim(start="now")
         yield book
 
@@ -130,6 +131,7 @@ def test_a_served_idle_sink_is_running_with_nothing_pending_and_no_lag(shop: Sho
         "last_error": None,
         "last_error_at": None,
         "dead_letters": 0,
+        "dropped": 0,
         "owner": "db1:4711",
     }
 
@@ -137,11 +139,11 @@ def test_a_served_idle_sink_is_running_with_nothing_pending_and_no_lag(shop: Sho
 def test_a_healthy_database_is_summed_up_in_one_line(shop: Shop, served: Outbox) -> None:
     served.set_state("running")
     lines = shop.text().splitlines()
-    assert lines[-1].startswith("shop: revision 0001, not armed, outbox ")
+    assert lines[-1].startswith("shop: revision 0002, not armed, outbox ")
     assert lines[-1].endswith("KiB, no drift")
     state = shop.json()["shop"]
     assert (state["state"], state["error"], state["drift"], state["problems"]) == ("ok", None, 0, [])
-    assert state["revision"] == "0001"
+    assert state["revision"] == installer.head()
     assert isinstance(state["outbox_bytes"], int)
 
 
@@ -149,7 +151,7 @@ def test_the_bell_is_armed_while_a_listener_holds_its_lock(shop: Shop) -> None:
     assert shop.json()["shop"]["armed"] is False
     shop.cursor.execute("select pg_advisory_lock(6513763, 1)")
     assert shop.json()["shop"]["armed"] is True
-    assert "revision 0001, armed, " in shop.text()
+    assert "revision 0002, armed, " in shop.text()
 
 
 def test_a_writer_that_stays_silent_does_not_look_armed(shop: Shop) -> None:
@@ -225,7 +227,7 @@ def test_dead_letters_are_counted_for_their_sink(shop: Shop, served: Outbox) -> 
 
 def test_a_stopped_sink_stays_stopped_when_its_daemon_has_gone_and_says_why(shop: Shop) -> None:
     with Connection(shop.dsn, purpose="test") as session:
-        book = Outbox(session, database="shop", sink="audit", owner="db1:4711")
+        book = Outbox(session, database="shop", sink="audit", owner=Owner("db1:4711", 4711))
         assert book.claim(start="now")
         book.set_state("stopped", "HTTP 410 Gone")
     sink = shop.audit()
@@ -254,7 +256,7 @@ def test_the_error_of_a_sink_that_runs_again_is_shown_only_while_recent(shop: Sh
 
 def test_a_killed_daemon_leaves_its_sink_down_not_running(shop: Shop) -> None:
     with Connection(shop.dsn, purpose="test") as session:
-        book = Outbox(session, database="shop", sink="audit", owner="db1:4711")
+        book = Outbox(session, database="shop", sink="audit", owner=Owner("db1:4711", 4711))
         assert book.claim(start="now")
         book.set_state("running")
         assert shop.audit()["state"] == "running"

@@ -787,7 +787,6 @@ def test_no_secret_is_in_the_repr_of_a_configuration() -> None:
         (with_table("{exclude: [note]}"), "databases.shop.tables.public.orders.exclude"),
         (with_table("{mask: {email: hash}}"), "databases.shop.tables.public.orders.mask"),
         (with_table("{when: {update: 'true'}}"), "databases.shop.tables.public.orders.when"),
-        (with_table("{delivery: ephemeral}"), "databases.shop.tables.public.orders.delivery"),
         (with_table("{model: 'shop.models:Order'}"), "databases.shop.tables.public.orders.model"),
         (with_sink("{type: stdout, filter: 'true'}"), "sinks.out.filter"),
         (with_sink("{type: stdout, format: flat}"), "sinks.out.format"),
@@ -915,7 +914,6 @@ LATER = [line for line in EXAMPLE.read_text().splitlines() if re.match(r" *# \w+
 def test_the_example_marks_every_refusal() -> None:
     marked = {line.split("#")[1].split(":")[0].strip() for line in LATER}
     assert marked == {path.rpartition(".")[2] for path in NOT_YET} | {
-        "delivery",
         "format",
         "start",
         "on_permanent_failure",

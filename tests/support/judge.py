@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,9 +106,8 @@ def to_stream(texts: Iterable[str], seed: object = None) -> Stream:
     return Stream(list(first.values()), duplicates)
 
 
-def facts_of(stream: Stream, seed: object = None) -> dict[Fact, Line]:
-    """What the events say was changed. A TRUNCATE has no mark: the n-th of a table is the n-th. Raises Phantom."""
-    facts: dict[Fact, Line] = {}
+def told(stream: Stream) -> Iterator[tuple[Fact | None, Line]]:
+    """What each event says was changed; None if it does not say. A TRUNCATE has no mark: a table's n-th is the n-th."""
     truncated: Counter[str] = Counter()
     for line in stream.first:
         event = line.event
@@ -119,9 +118,18 @@ def facts_of(stream: Stream, seed: object = None) -> dict[Fact, Line]:
         else:
             image = event.before if event.op is Op.DELETE else event.after
             if image is None or "mark" not in image:
-                raise Phantom(seed, "an event without the mark its writer made", line)
+                yield None, line
+                continue
             mark = image["mark"]
-        fact = Fact(table, event.op.value, mark)
+        yield Fact(table, event.op.value, mark), line
+
+
+def facts_of(stream: Stream, seed: object = None) -> dict[Fact, Line]:
+    """What the events say was changed. Raises Phantom."""
+    facts: dict[Fact, Line] = {}
+    for fact, line in told(stream):
+        if fact is None:
+            raise Phantom(seed, "an event without the mark its writer made", line)
         if fact in facts:
             raise Phantom(seed, f"{fact} has two ids", facts[fact], line)
         facts[fact] = line
@@ -137,28 +145,38 @@ def check_complete(stream: Stream, committed: Mapping[Fact, float], seed: object
         raise Phantom(seed, f"{len(extra)} changes nobody committed, such as {extra[0]}", facts[extra[0]])
 
 
-def check_order(stream: Stream, seed: object = None) -> None:
-    """Raises OutOfOrder."""
+def inversions(stream: Stream) -> Iterator[tuple[str, Line, Line]]:
+    """First deliveries that come after a later one: of what, the later change, and the earlier one that came after."""
     latest: dict[tuple[str, str], Line] = {}  # by table and key
     newest: dict[str, Line] = {}  # by table
     truncated: dict[str, Line] = {}  # by table
-
-    def after(earlier: Line | None, line: Line, of: str) -> None:
-        if earlier is not None and earlier.event.source.seq >= line.event.source.seq:
-            raise OutOfOrder(seed, of, earlier, line)
-
     for line in stream.first:
         table = line.event.source.table
-        after(truncated.get(table), line, f"around the TRUNCATE of {table}")
+        around = f"around the TRUNCATE of {table}"
+        before: list[tuple[str, Line | None]] = [(around, truncated.get(table))]
         if line.event.op is Op.TRUNCATE:
-            after(newest.get(table), line, f"around the TRUNCATE of {table}")
-            truncated[table] = newest[table] = line
-            continue
-        for key in set(_keys(line.event)):
-            after(latest.get((table, key)), line, f"{table} {key}")
-            latest[table, key] = line
-        if table not in newest or newest[table].event.source.seq < line.event.source.seq:
-            newest[table] = line
+            before.append((around, newest.get(table)))
+            truncated[table] = line
+        else:
+            for key in set(_keys(line.event)):
+                before.append((f"{table} {key}", latest.get((table, key))))
+                latest[table, key] = _later(latest.get((table, key)), line)
+        newest[table] = _later(newest.get(table), line)
+        for of, earlier in before:
+            if earlier is not None and _later(earlier, line) is earlier:
+                yield of, earlier, line
+                break
+
+
+def _later(line: Line | None, other: Line) -> Line:
+    """The one with the higher seq; the first one if it is the same."""
+    return other if line is None or line.event.source.seq < other.event.source.seq else line
+
+
+def check_order(stream: Stream, seed: object = None) -> None:
+    """Raises OutOfOrder."""
+    for of, earlier, line in inversions(stream):
+        raise OutOfOrder(seed, of, earlier, line)
 
 
 def check_chain(stream: Stream, seed: object = None) -> State:

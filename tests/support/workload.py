@@ -1,4 +1,11 @@
-"""Writers who do their worst: many of them over few rows, in every kind of transaction, and each keeps a log."""
+"""Writers who do their worst: many of them over few rows, in every kind of transaction, and each keeps a log.
+
+Where the server may die, a writer's own log is no truth any more: the answer to a COMMIT may be lost, and what was
+committed asynchronously may be lost although it was answered. So with ``ledger=True`` each transaction also writes what
+it changes into a table that is not captured: the ledger says of every change whether it happened, whatever became of
+the server, and it is read in the end. Writers then connect again as often as they have to; any other error is one that
+applications would have seen because of us, and fails the test, unless it was said to be expected.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +15,12 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
 import psycopg2
-from judge import Fact
+from judge import Fact, Violation
 from psycopg2.extensions import connection
 
 TABLES: dict[str, tuple[str, ...]] = {"hot": ("id",), "pair": ("a", "b")}
@@ -26,7 +33,8 @@ SCHEMA = """
                       "Nöte ""x" text, doc jsonb, data json, at timestamptz, took interval, raw bytea, flag boolean,
                       primary key (a, b));
 """
-HOT_KEYS = [("hot", (n,)) for n in range(1, 41)] + [("pair", (a, b)) for a in ("x", 'é"\\') for b in range(5)]
+LEDGER = "create table ledger (table_name text not null, op text not null, mark bigint not null)"
+"""Where writers with ``ledger=True`` tell the truth; never captured."""
 OWN_KEY = 1000
 """Of the transaction that stays open, in table hot."""
 
@@ -57,10 +65,27 @@ _SESSIONS = [  # none of these may leak into an event
 ]
 _ISOLATION = ["read committed"] * 3 + ["repeatable read", "serializable"]
 _RETRY = (psycopg2.errors.SerializationFailure, psycopg2.errors.DeadlockDetected)
+_LOST = ("08", "57P01", "57P02", "57P03")
+"""SQLSTATEs, or their classes, with which a server takes its leave: broken off, shut down, crashed, not up yet."""
+_BREATH = 0.05
+"""Seconds between two tries to connect."""
+_Key = tuple[str, tuple[object, ...]]
+"""Table and key."""
+
+
+class WriterFailed(Violation):
+    """A writer met an error it would not have met without us."""
 
 
 class _GivenUp(Exception):
     """The writer rolls back of its own free will."""
+
+
+def hot_keys(count: int) -> list[_Key]:
+    """So many keys, 10 to 1000; a fifth of them in table pair."""
+    pairs = count // 10
+    hot: list[_Key] = [("hot", (n,)) for n in range(1, count - 2 * pairs + 1)]
+    return hot + [("pair", (a, b)) for a in ("x", 'é"\\') for b in range(pairs)]
 
 
 @dataclass
@@ -71,14 +96,22 @@ class Workload:
     every other, and one that was rolled back would be recognised.
 
     Attributes:
-        dsn, seed: where, and what the writers' choices come from.
-        seconds: how long.
+        dsn, seed: where, and what the writers' choices come from. Who has to connect again does so to the dsn of then.
+        seconds: how long, unless :meth:`stop` comes first.
         writers: threads that write small transactions.
         open_at, open_for: when one transaction writes its own key, and how long it stays open; None: never.
         linger: seconds; two more threads write their own key first, and a hot one in the end, so late. 0: none.
         lulls: pause everybody now and then, so that the daemon falls asleep in between.
         truncate_at: when table hot is truncated; None: never.
-        committed: every change that was committed, with the time just before its COMMIT.
+        keys: how many they all write to; see :func:`hot_keys`.
+        rate: small transactions a second, of each writer; None: as many as they can.
+        ledger: see the head of this module; table ledger has to be there.
+        asynchronous: share of the sessions, 0 to 1, that commit with ``synchronous_commit = off``; None: every fourth
+            writer.
+        expected: SQLSTATEs that are no failure of ours, such as of a full disk; the transaction is given up.
+        committed: every change whose COMMIT was answered, with the time just before it; without a ledger, the truth.
+        outcomes: of transactions: how many committed, by isolation level, were retried, failed, rolled back, met
+            ``expected SQLSTATE``; and how often somebody was disconnected.
     """
 
     dsn: str
@@ -90,6 +123,11 @@ class Workload:
     linger: float = 0.0
     lulls: bool = True
     truncate_at: float | None = None
+    keys: int = 50
+    rate: float | None = None
+    ledger: bool = False
+    asynchronous: float | None = None
+    expected: Collection[str] = ()
     committed: dict[Fact, float] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
     opened: tuple[float, float] = (0.0, 0.0)
@@ -101,6 +139,7 @@ class Workload:
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
         self._lock = threading.Lock()
+        self._keys = hot_keys(self.keys)
 
     def __enter__(self) -> Workload:
         self._began = time.monotonic()
@@ -119,12 +158,16 @@ class Workload:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
-            self._over.set()
-            self._awake.set()
+            self.stop()
         self.join()
 
+    def stop(self) -> None:
+        """Let every writer end after its transaction; returns at once."""
+        self._over.set()
+        self._awake.set()
+
     def join(self) -> None:
-        """Wait until every writer has ended. Raises what one of them could not cope with."""
+        """Wait until every writer has ended. Raises what one of them could not cope with, such as WriterFailed."""
         for thread in self._threads:
             thread.join()
         if self._errors:
@@ -135,15 +178,27 @@ class Workload:
         """Whether anybody still writes."""
         return any(thread.is_alive() for thread in self._threads)
 
+    def read_ledger(self, dsn: str | None = None) -> dict[Fact, float]:
+        """Every change that was committed and has survived, as the judge wants it; from another server, if given."""
+        with contextlib.closing(psycopg2.connect(dsn or self.dsn)) as conn, conn.cursor() as cursor:
+            cursor.execute("select table_name, op, mark from ledger")
+            facts = [Fact(*row) for row in cursor.fetchall()]
+        assert len(set(facts)) == len(facts), "a writer has told one fact twice"
+        return dict.fromkeys(facts, 0.0)
+
     # -- threads ------------------------------------------------------------------------------------------------
 
     def _guard(self, job: Callable[..., None], *arguments: object) -> None:
         try:
             job(*arguments)
+        except psycopg2.Error as error:
+            failure = WriterFailed(self.seed, f"{type(error).__name__} ({error.pgcode}): {str(error).strip()}")
+            failure.__cause__ = error
+            self._errors.append(failure)
+            self.stop()
         except BaseException as error:  # noqa: BLE001  # it is raised again by join
             self._errors.append(error)
-            self._over.set()
-            self._awake.set()
+            self.stop()
 
     def _conduct(self) -> None:
         rng = random.Random(f"{self.seed} conductor")
@@ -161,97 +216,175 @@ class Workload:
 
     def _write(self, number: int) -> None:
         rng = random.Random(f"{self.seed} writer {number}")
-        with self._connect(_SESSIONS[number % len(_SESSIONS)]) as conn:
-            writer = _Writer(self, conn, number)
+        pace = _Pace(self.rate, rng.random() if self.rate else 0.0)
+
+        def write(writer: _Writer) -> None:
             while not self._over.is_set():
                 self._awake.wait()
+                if self._over.wait(pace.next()):
+                    return
                 isolation = rng.choice(_ISOLATION)
-                plan = rng.getrandbits(64)
+                body = partial(_small_transaction, plan=rng.getrandbits(64), keys=self._keys)
                 for _ in range(5):
-                    try:
-                        writer.transact(isolation, partial(_small_transaction, plan=plan))
-                        outcome = isolation
-                    except _RETRY:
-                        self._count("retried")
-                        continue
-                    except psycopg2.errors.UniqueViolation:
-                        outcome = "failed"
-                    except _GivenUp:
-                        outcome = "rolled back"
+                    outcome = self._transact(writer, isolation, body)
                     self._count(outcome)
-                    break
+                    if outcome != "retried":
+                        break
+
+        self._live(number, write, _SESSIONS[number % len(_SESSIONS)], share=number / self.writers)
 
     def _dawdle(self, number: int) -> None:
         """An early transaction id and an early seq, for a change that is committed late; then a late change."""
         rng = random.Random(f"{self.seed} dawdler {number}")
-        with self._connect("") as conn:
-            writer = _Writer(self, conn, number)
 
-            def late(w: _Writer) -> None:
-                w.upsert("hot", (OWN_KEY + number,), rng)
-                self._over.wait(self.linger)
-                for table, key in rng.sample(HOT_KEYS, 3):
-                    w.upsert(table, key, rng)
+        def late(w: _Writer) -> None:
+            w.upsert("hot", (OWN_KEY + number,), rng)
+            self._over.wait(self.linger)
+            for table, key in rng.sample(self._keys, 3):
+                w.upsert(table, key, rng)
 
+        def dawdle(writer: _Writer) -> None:
             while not self._over.is_set():
                 self._awake.wait()
-                try:
-                    writer.transact("read committed", late)
-                except _RETRY:
-                    self._count("retried")
-                else:
-                    self._count("dawdled")
+                outcome = self._transact(writer, "read committed", late)
+                self._count("dawdled" if outcome == "read committed" else outcome)
+
+        self._live(number, dawdle)
 
     def _stay_open(self) -> None:
         rng = random.Random(f"{self.seed} open")
-        with self._connect("") as conn:
 
-            def stay(w: _Writer) -> None:
-                w.upsert("hot", (OWN_KEY,), rng)
-                began = time.time()
-                self._over.wait(self.open_for)
-                w.upsert("hot", (OWN_KEY,), rng)
-                self.opened = (began, time.time())
+        def stay(w: _Writer) -> None:
+            w.upsert("hot", (OWN_KEY,), rng)
+            began = time.time()
+            self._over.wait(self.open_for)
+            w.upsert("hot", (OWN_KEY,), rng)
+            self.opened = (began, time.time())
 
-            self._over.wait(self.open_at)
-            _Writer(self, conn, 99).transact("read committed", stay)
+        self._wait_until(self.open_at)
+        self._live(99, lambda writer: self._insist(writer, stay, "stayed open"))
 
     def _truncate(self) -> None:
-        self._over.wait(self.truncate_at)
-        with self._connect("") as conn:
-            writer = _Writer(self, conn, 98)
-            while True:
-                try:
-                    writer.transact("read committed", _Writer.truncate)
-                except _RETRY:
-                    self._count("retried")
-                else:
-                    self._count("truncated")
-                    return
+        def truncate(writer: _Writer) -> None:
+            # Connected again, it may have happened: the answer was lost.
+            if not (self.ledger and writer.has_truncated()):
+                self._insist(writer, _Writer.truncate, "truncated")
+
+        self._wait_until(self.truncate_at)
+        self._live(98, truncate)
+
+    def _wait_until(self, at: float | None) -> None:
+        self._over.wait(max(0.0, (at or 0.0) - self._elapsed()))
+
+    def _insist(self, writer: _Writer, body: Callable[[_Writer], None], done: str) -> None:
+        """One transaction, as often as it takes."""
+        while (outcome := self._transact(writer, "read committed", body)) != "read committed":
+            self._count(outcome)
+            if outcome != "retried" and self._over.is_set():
+                return
+        self._count(done)
+
+    def _transact(self, writer: _Writer, isolation: str, body: Callable[[_Writer], None]) -> str:
+        """One transaction; returns how it ended: the isolation level if it was committed."""
+        try:
+            writer.transact(isolation, body)
+        except _RETRY:
+            return "retried"
+        except psycopg2.errors.UniqueViolation:
+            return "failed"
+        except _GivenUp:
+            return "rolled back"
+        except psycopg2.Error as error:
+            if error.pgcode not in self.expected:
+                raise
+            self._over.wait(_BREATH)
+            return f"expected {error.pgcode}"
+        return isolation
 
     def _count(self, outcome: str) -> None:
         with self._lock:
             self.outcomes[outcome] += 1
 
-    @contextlib.contextmanager
-    def _connect(self, settings: str) -> Iterator[connection]:
-        with contextlib.closing(psycopg2.connect(self.dsn)) as conn:
+    # -- sessions -----------------------------------------------------------------------------------------------
+
+    def _live(
+        self, number: int, live: Callable[[_Writer], None], settings: str = "", *, share: float | None = None
+    ) -> None:
+        """Let one writer do what it does, in one session after another if there is a ledger to tell the truth.
+
+        Args:
+            number: of the writer.
+            live: returns when it is done; called again in a new session when the old one was lost.
+            settings: of its sessions.
+            share: which part of the writers comes before this one; None: it is none of the many.
+        """
+        if self.asynchronous is not None:
+            off = self.asynchronous > share if share is not None else self.asynchronous >= 1
+            settings += f"; set synchronous_commit = {'off' if off else 'on'}"
+        writer = _Writer(self, number)
+        while not self._live_once(writer, live, settings):
+            self._count("disconnected")
+            if self._over.wait(_BREATH):
+                return
+
+    def _live_once(self, writer: _Writer, live: Callable[[_Writer], None], settings: str) -> bool:
+        """One session's life; False when it was lost, or could not begin."""
+        try:
+            conn = self._connect(settings)
+        except psycopg2.OperationalError:
+            if not self.ledger:
+                raise
+            return False
+        with contextlib.closing(conn):
+            try:
+                writer.use(conn)
+                live(writer)
+            except psycopg2.Error as error:
+                if not self.ledger or not (conn.closed or (error.pgcode or "").startswith(_LOST)):
+                    raise
+                return False
+        return True
+
+    def _connect(self, settings: str) -> connection:
+        conn = psycopg2.connect(self.dsn)
+        try:
             conn.autocommit = True
             with conn.cursor() as cursor:
                 cursor.execute(f"set deadlock_timeout = '20ms'; {settings}")
             conn.autocommit = False
-            yield conn
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+
+class _Pace:
+    """So many a second, without making up for what was missed."""
+
+    def __init__(self, rate: float | None, phase: float) -> None:
+        self._interval = 1 / rate if rate else 0.0
+        self._next = time.monotonic() + phase * self._interval
+
+    def next(self) -> float:
+        """Seconds until the next one is due."""
+        now = time.monotonic()
+        due = max(self._next, now)
+        self._next = due + self._interval
+        return due - now
 
 
 class _Writer:
-    """One session, and the log of what it has written."""
+    """One session at a time, and the log of what its transaction has written."""
 
-    def __init__(self, workload: Workload, conn: connection, number: int) -> None:
+    def __init__(self, workload: Workload, number: int) -> None:
         self._workload = workload
-        self._conn = conn
-        self._cursor = conn.cursor()
         self._mark = number * 10**9
         self.log: list[Fact] = []
+
+    def use(self, conn: connection) -> None:
+        """Go on in this session."""
+        self._conn = conn
+        self._cursor = conn.cursor()
 
     def transact(self, isolation: str, body: Callable[[_Writer], None]) -> None:
         """Run one transaction; what it changed counts only once the COMMIT has succeeded."""
@@ -259,10 +392,13 @@ class _Writer:
         try:
             self._cursor.execute(f"set transaction isolation level {isolation}")
             body(self)
+            if self._workload.ledger:
+                self._tell()
             about_to = time.time()
             self._conn.commit()
         except BaseException:
-            self._conn.rollback()
+            if not self._conn.closed:
+                self._conn.rollback()
             raise
         self._workload.committed.update(dict.fromkeys(self.log, about_to))
 
@@ -311,6 +447,19 @@ class _Writer:
         self._cursor.execute("truncate hot")
         self.log.append(Fact("hot", "truncate", 0))
 
+    def has_truncated(self) -> bool:
+        """Whether the ledger says so."""
+        self._cursor.execute("select exists (select from ledger where op = 'truncate')")
+        (found,) = self._cursor.fetchone() or (False,)
+        self._conn.rollback()
+        return bool(found)
+
+    def _tell(self) -> None:
+        """Enter the transaction's changes into the ledger."""
+        if self.log:
+            columns = [list(column) for column in zip(*self.log, strict=True)]
+            self._cursor.execute("insert into ledger select * from unnest(%s, %s, %s::bigint[])", columns)
+
     def savepoint(self, body: Callable[[_Writer], None]) -> None:
         """Do something, and undo it."""
         self._cursor.execute("savepoint s")
@@ -337,12 +486,12 @@ def _is(table: str) -> str:
     return " and ".join(f"{column} = %s" for column in TABLES[table])
 
 
-def _small_transaction(writer: _Writer, plan: int) -> None:
+def _small_transaction(writer: _Writer, plan: int, keys: list[_Key]) -> None:
     """One to five changes of hot rows, some of them undone; raises _GivenUp to undo them all."""
     rng = random.Random(plan)
 
     def change(w: _Writer) -> None:
-        table, key = rng.choice(HOT_KEYS)
+        table, key = rng.choice(keys)
         match rng.choices(list(_CHANGES), list(_CHANGES.values()))[0]:
             case "upsert":
                 w.upsert(table, key, rng)
@@ -353,7 +502,7 @@ def _small_transaction(writer: _Writer, plan: int) -> None:
             case "delete":
                 w.delete(table, key)
             case "move":
-                to = rng.choice([k for t, k in HOT_KEYS if t == table and k != key])
+                to = rng.choice([k for t, k in keys if t == table and k != key])
                 w.delete(table, to)
                 w.update(table, key, rng, to)
             case "touch":

@@ -1,0 +1,201 @@
+"""Who serves a sink, how another takes it over, and what the one it was taken from may still do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from harness import until
+from psycopg2.extensions import connection
+from sql import fetch, value
+
+from cdc.connection import Connection
+from cdc.errors import DatabaseUnreachable, Fenced
+from cdc.keeper import Keeper
+from cdc.outbox import LEASE, Outbox, Owner, join_process
+
+Connect = Callable[..., connection]
+
+
+class Daemon:
+    """Two sessions of one process: a keeper's, which only speaks when told to, and a pipeline's."""
+
+    def __init__(self, dsn: str, process: int) -> None:
+        self.owner = Owner(f"host:{process}", process)
+        self.keeper = Connection(dsn, purpose="keeper")
+        self.session = Connection(dsn, purpose="audit")
+        for session in (self.keeper, self.session):
+            join_process(session, process)
+        self.outbox = Outbox(self.session, database="shop", sink="audit", owner=self.owner)
+
+    def claim(self) -> int | None:
+        claim = self.outbox.claim(start="now")
+        return claim and claim.epoch
+
+    def close(self) -> None:
+        self.keeper.close()
+        self.session.close()
+
+
+@pytest.fixture
+def daemon(installed: str) -> Iterator[Callable[[int], Daemon]]:
+    """``daemon(process)``: sessions of a daemon of that number."""
+    made: list[Daemon] = []
+
+    def make(process: int) -> Daemon:
+        made.append(Daemon(installed, process))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def look(installed: str, connect: Connect) -> connection:
+    return connect(installed)
+
+
+def fall_silent(look: connection, one: Daemon) -> None:
+    """Make it look as if a process had last spoken before the lease began: ours cannot wait so long."""
+    fetch(
+        look,
+        """create or replace function cdc.holder(
+             sink_id integer, epoch bigint, out pid integer, out process integer, out heard_at timestamptz
+           ) returns setof record language sql stable as $$
+             select l.pid, %s, clock_timestamp() - make_interval(secs => %s) from pg_locks l
+              where l.locktype = 'advisory' and l.classid = 6513764 and l.objid = cdc.slot(sink_id, epoch)::oid
+           $$""",
+        (one.owner.process, LEASE + 1),
+    )
+
+
+def test_whoever_comes_first_has_it_and_the_second_waits(daemon: Callable[[int], Daemon]) -> None:
+    first, second = daemon(1), daemon(2)
+    assert first.claim() == 1
+    assert second.claim() is None
+    first.outbox.confirm()
+
+
+def test_a_sink_whose_owner_has_gone_is_free_at_once(daemon: Callable[[int], Daemon]) -> None:
+    first, second = daemon(1), daemon(2)
+    first.claim()
+    first.close()
+    epochs: list[int | None] = []
+    until(lambda: (epochs.append(second.claim()) or epochs[-1]) is not None, "the second has it", seconds=LEASE)
+    assert epochs[-1] == 2
+
+
+def test_an_owner_that_says_nothing_for_the_lease_loses_it_and_is_ended(
+    daemon: Callable[[int], Daemon], look: connection
+) -> None:
+    first, second = daemon(1), daemon(2)
+    assert first.claim() == 1
+    fall_silent(look, first)
+    assert second.claim() == 2
+    with pytest.raises(DatabaseUnreachable):
+        first.outbox.confirm()
+    with pytest.raises(DatabaseUnreachable):
+        first.keeper.query("select 1")
+    second.outbox.confirm()
+
+
+def test_an_owner_one_of_whose_sessions_speaks_keeps_it_though_the_pipeline_is_silent(
+    daemon: Callable[[int], Daemon], look: connection
+) -> None:
+    first, second = daemon(1), daemon(2)
+    first.claim()
+    heard = "select heard_at from cdc.sink k, cdc.holder(k.id, k.epoch)"
+    before = value(look, heard)
+    first.keeper.query("select 1")
+    assert value(look, heard) > before
+    assert second.claim() is None
+
+
+def test_a_session_that_was_given_up_does_not_keep_its_own_daemon_out(daemon: Callable[[int], Daemon]) -> None:
+    # Its server process is frozen, say: it holds its lock for ever, and the pipeline has connected anew.
+    first, again = daemon(1), daemon(1)
+    assert first.claim() == 1
+    assert again.claim() == 2
+    with pytest.raises((Fenced, DatabaseUnreachable)):
+        first.outbox.confirm()
+    again.keeper.query("select 1")  # only the session that held the lock was ended
+    first.keeper.query("select 1")
+
+
+def test_a_process_whose_silence_our_role_may_not_see_is_left_alone(
+    daemon: Callable[[int], Daemon], look: connection
+) -> None:
+    first, second = daemon(1), daemon(2)
+    first.claim()
+    fall_silent(look, first)
+    fetch(look, "alter function cdc.holder(integer, bigint) rename to holder_seen")
+    fetch(
+        look,
+        """create function cdc.holder(
+             sink_id integer, epoch bigint, out pid integer, out process integer, out heard_at timestamptz
+           ) returns setof record language sql stable as
+           $$ select pid, process, null::timestamptz from cdc.holder_seen(sink_id, epoch) $$""",
+    )
+    assert second.claim() is None
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_of_many_who_claim_at_once_one_gets_it(daemon: Callable[[int], Daemon], look: connection, silent: bool) -> None:
+    first = daemon(1)
+    first.claim()
+    if silent:
+        fall_silent(look, first)
+    else:
+        first.close()
+    rivals = [daemon(number) for number in range(2, 10)]
+    for _ in range(3 if silent else 1):
+        epoch = value(look, "select epoch from cdc.sink")
+        won: list[int] = []
+
+        def claim(rival: Daemon, won: list[int] = won) -> None:
+            try:
+                if (got := rival.claim()) is not None:
+                    won.append(got)
+            except DatabaseUnreachable:  # the one that had it a moment ago
+                pass
+
+        threads = [threading.Thread(target=claim, args=(rival,)) for rival in rivals if not rival.session.raw.closed]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == len(set(won))  # no epoch was handed out twice
+        assert max(won) == value(look, "select epoch from cdc.sink") == epoch + len(won)
+        if not silent:
+            assert won == [2]
+            return
+
+
+def test_the_lock_of_a_thousand_epochs_ago_is_another(look: connection) -> None:
+    slots = [row[0] for row in fetch(look, "select cdc.slot(7, e) from generate_series(0, 1023) e")]
+    assert len(set(slots)) == 1024
+    assert value(look, "select cdc.slot(7, 0) <> cdc.slot(8, 0)")
+    assert value(look, "select cdc.slot(2147483647, 9223372036854775807)") >= 0
+
+
+def test_the_keeper_is_heard_and_rotates_and_raises_the_alarm(
+    installed: str, look: connection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc.keeper.BEAT", 0.02)
+    caplog.set_level("INFO")
+    keeper = Keeper(installed, database="shop", process=5, retention=0.0, alarm=1)
+    keeper.start()
+    speaking = """select max(state_change) from pg_stat_activity a join pg_locks l using (pid)
+                   where l.classid = 6513766 and l.objid = 5"""
+    try:
+        until(lambda: value(look, speaking) is not None, "it is there")
+        before = value(look, speaking)
+        until(lambda: value(look, speaking) > before, "it speaks")
+        until(lambda: "The outbox has grown beyond its alarm." in caplog.text, "the alarm")
+    finally:
+        keeper.stop()
+        keeper.join(10)
+    assert not keeper.is_alive()
+    assert caplog.text.count("beyond its alarm") == 1
