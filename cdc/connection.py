@@ -42,7 +42,7 @@ from typing import Any, Self, TypeVar
 import psycopg2
 import psycopg2.extensions as ext
 
-from cdc.errors import DatabaseError, DatabaseUnreachable, Fenced, NotInstalled, NotPrimary, TooSlow
+from cdc.errors import DatabaseError, DatabaseUnreachable, Fenced, NotInstalled, NotPrimary, TooSlow, WrongCluster
 
 OLDEST_SERVER = 14
 """Lowest major version this program works with."""
@@ -91,11 +91,10 @@ select pg_is_in_recovery(), pg_backend_pid(), count(set_config(name, value, fals
  where current_setting(name, true) is not null and value is not null
 """
 
-_SQLSTATE_FENCED = "CDC01"
+# The message of 57014 says whether time was over or an administrator cancelled, but in the server's language. Both
+# mean: the server lives, the session is good, and it is worth doing again.
+_SQLSTATES_OF_THEIR_OWN: dict[str, type[DatabaseError]] = {"CDC01": Fenced, "CDC02": WrongCluster, "57014": TooSlow}
 _SQLSTATE_FORBIDDEN = "42501"
-# Its message says whether time was over or an administrator cancelled, but in the server's language. Both mean: the
-# server lives, the session is good, and it is worth doing again.
-_SQLSTATE_CANCELLED = "57014"
 _SQLSTATES_NOT_INSTALLED = {"3F000", "42P01", "42883"}
 # Connection exceptions, operator intervention (shutdown, crash, starting up), too many connections.
 _UNREACHABLE_CLASSES = ("08", "57P", "53300")
@@ -209,8 +208,8 @@ class Connection:
             deadline: seconds for one round trip, unless a call says otherwise.
 
         Raises:
-            DatabaseUnreachable: no server, no answer in time, or it refuses the login.
-            NotPrimary: the server is a standby.
+            DatabaseUnreachable: no server, no answer in time, it refuses the login, or none of several is the primary.
+            NotPrimary: the server is a standby, the only one the dsn names, and the dsn does not ask for a primary.
             DatabaseError: the server is too old, or the dsn is none.
         """
         self._deadline = deadline
@@ -233,7 +232,7 @@ class Connection:
                     failures.append((host, error))
                 else:
                     return
-        raise _verdict(failures)
+        raise _verdict(failures, may_heal=_wants_primary(parts))
 
     def _log_in(self, dsn: str, until: float, read_write: bool) -> None:
         """One attempt to get a session, and to prepare it."""
@@ -254,7 +253,7 @@ class Connection:
             # PgBouncer hands out a process number of its own making.
             self.pooled = self.pid != self._session.info.backend_pid
             if read_write and standby:
-                raise NotPrimary("is a standby")
+                raise NotPrimary("the server is a standby")
         except BaseException:
             self.close()
             raise
@@ -273,6 +272,7 @@ class Connection:
             TooSlow: the server lives, but has not finished in time, or somebody cancelled; the session is good.
             DatabaseUnreachable: the session is lost, or nothing came in time; it is closed.
             Fenced: another daemon owns the sink.
+            WrongCluster: the sink's position was taken in another cluster.
             NotInstalled: an object of schema cdc does not exist.
             DatabaseError: the server refused the statement.
         """
@@ -339,10 +339,8 @@ class Connection:
         if self._session.closed or isinstance(error, DatabaseUnreachable) or sqlstate.startswith(_UNREACHABLE_CLASSES):
             self.close()
             return DatabaseUnreachable(f"connection lost: {message}")
-        if sqlstate == _SQLSTATE_CANCELLED:
-            return TooSlow(message)
-        if sqlstate == _SQLSTATE_FENCED:
-            return Fenced(message)
+        if sqlstate in _SQLSTATES_OF_THEIR_OWN:
+            return _SQLSTATES_OF_THEIR_OWN[sqlstate](message)
         if sqlstate in _SQLSTATES_NOT_INSTALLED and "cdc" in message:
             return NotInstalled(f"{message} (run `cdc migrate`)")
         if sqlstate == _SQLSTATE_FORBIDDEN and "cdc" in message:
@@ -378,6 +376,10 @@ def _has_service(parts: dict[str, str]) -> bool:
     return "service" in parts or "PGSERVICE" in os.environ
 
 
+def _wants_primary(parts: dict[str, str]) -> bool:
+    return parts.get("target_session_attrs") in {"read-write", "primary"}
+
+
 def _options(parts: dict[str, str], read_write: bool) -> dict[str, object]:
     """What to say beyond the connection string, where it is silent."""
     options: dict[str, object] = {}
@@ -385,7 +387,7 @@ def _options(parts: dict[str, str], read_write: bool) -> dict[str, object]:
         options |= {f"keepalives_{name}": value for name, value in _KEEPALIVE.items()}
         options["tcp_user_timeout"] = _TCP_USER_TIMEOUT
         options = {name: value for name, value in options.items() if name not in parts}
-    if read_write and parts.get("target_session_attrs") in {"read-write", "primary"}:
+    if read_write and _wants_primary(parts):
         # We look for ourselves; to libpq a primary whose default is read-only is none.
         options["target_session_attrs"] = "any"
     return options
@@ -414,14 +416,21 @@ def _shares(items: Sequence[_Item], ends: float) -> Iterator[tuple[_Item, float]
         yield item, now + max(ends - now, 0.0) / (len(items) - number)
 
 
-def _verdict(failures: Sequence[tuple[_Host | None, DatabaseUnreachable | NotPrimary]]) -> DatabaseError:
-    """One error for all attempts, in one line; that of a standby only where there is nothing else."""
+def _verdict(
+    failures: Sequence[tuple[_Host | None, DatabaseUnreachable | NotPrimary]], *, may_heal: bool
+) -> DatabaseError:
+    """One error for all attempts, in one line.
+
+    Args:
+        failures: where and why.
+        may_heal: the dsn asks for a primary, so a lone standby is to be waited for like one of several.
+    """
     reasons = list(dict.fromkeys((host, str(error)) for host, error in failures))
-    if all(isinstance(error, NotPrimary) for _, error in failures):
-        who = "the server is" if len(reasons) == 1 else f"{', '.join(str(host) for host, _ in reasons)}: each is"
-        return NotPrimary(f"{who} a standby (let dsn name the primary, or every host of the cluster)")
     if len(reasons) == 1:
-        return DatabaseUnreachable(f"cannot connect: {reasons[0][1]}")
+        why = reasons[0][1]
+        if isinstance(failures[0][1], NotPrimary) and not may_heal:
+            return NotPrimary(f"{why} (let dsn name the primary, or every host of the cluster)")
+        return DatabaseUnreachable(f"cannot connect: {why}")
     # libpq says where it has been, sometimes.
     told = "; ".join(f"{host}: {re.sub('^connection to server .*? failed: ', '', why)}" for host, why in reasons)
     return DatabaseUnreachable(f"cannot connect: {told}")

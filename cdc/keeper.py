@@ -29,7 +29,7 @@ DEADLINE = 5.0
 """Seconds for one round trip of the keeper, except for rotation."""
 HOUSEKEEPING = (1.0, 300.0)
 """Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
-MEASURING = 30.0
+MEASURING = 10.0
 """Seconds between looks at the outbox's size."""
 
 

@@ -61,7 +61,8 @@ begin
   select * into here from cdc.place();
   if s.system_identifier <> here.system_identifier then
     if here.is_copy or pg_snapshot_xmax(s.snap_lo) > pg_snapshot_xmax(pg_current_snapshot()) then
-      raise exception 'the position of sink % was taken in another cluster', p_sink using errcode = 'CDC02';
+      raise exception 'the position of sink % was taken in another cluster (run cdc rebase)', p_sink
+        using errcode = 'CDC02';
     end if;
     happened := 'upgraded';
   elsif s.timeline <> here.timeline then
@@ -327,11 +328,11 @@ $$;
 -- ---------------------------------------------------------------------------------------------------------------
 -- Retention.
 
--- cdc.rotate(retention): give the outbox's space back. Truncates the child whose turn is next when every sink is past
+-- cdc.rotate(retention): give the outbox's space back. Truncates each child but the current one when every sink is past
 -- all of it, its newest event is older than `retention`, and nobody is writing there; then, if the current child has
--- held events for a third of `retention`, begins that next child by moving the sequence. Never waits for a lock, and
--- does nothing while another session is at it: two that moved the sequence could move it back.
--- Returns: what was done: 'truncated', 'turned', both, or nothing.   Writes: cdc.event_seq, a child of cdc.event.
+-- held events for a third of `retention` and the next one is empty, begins that one by moving the sequence. Never waits
+-- for a lock, and does nothing while another session is at it: two that moved the sequence could move it back.
+-- Returns: what was done: 'truncated', 'turned', both, or nothing.   Writes: cdc.event_seq, children of cdc.event.
 create or replace function cdc.rotate(p_retention interval) returns text[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -344,48 +345,48 @@ declare
   margin constant bigint := 1 << 20;
   drawn bigint;
   turn bigint;
-  next_leaf regclass;
-  current_leaf regclass;
+  leaf regclass;
   newest timestamptz;
-  needed boolean;
   oldest timestamptz;
+  needed boolean;
+  next_is_empty boolean := false;
   done text[] := '{}';
-  is_empty boolean;
 begin
   if not pg_try_advisory_xact_lock(6513765, 2) then
     return done;
   end if;
   select q.last_value into drawn from cdc.event_seq q;
   turn := drawn >> 24;
-  current_leaf := format('cdc.event_%s', turn % 3)::regclass;
-  next_leaf := format('cdc.event_%s', (turn + 1) % 3)::regclass;
 
-  begin
-    -- A writer of that child, or pg_dump reading it, keeps it for this time. A row not yet committed keeps its writer's
-    -- lock, so under our lock every row there is committed or dead.
-    execute format('lock table %s in access exclusive mode nowait', next_leaf);
-    execute format('select not exists (select from %s)', next_leaf) into is_empty;
-    if not is_empty then
-      -- Row by row what a position does not show; a transaction that is merely open somewhere keeps nothing.
-      execute format(
-        'select exists (select from cdc.sink k
-                         where exists (select from %1$s e where e.txid >= pg_snapshot_xmax(k.snap_lo))
-                            or exists (select from %1$s e
-                                        where e.txid = any (array(select pg_snapshot_xip(k.snap_lo)))))', next_leaf)
-        into needed;
-      execute format('select captured_at from %s order by seq desc limit 1', next_leaf) into newest;
-      if newest < clock_timestamp() - p_retention and not needed then
-        execute format('truncate table %s', next_leaf);
-        is_empty := true;
-        done := done || 'truncated'::text;
+  for ahead in 1..2 loop
+    leaf := format('cdc.event_%s', (turn + ahead) % 3)::regclass;
+    begin
+      -- A writer of that child, or pg_dump reading it, keeps it for this time. A row not yet committed keeps its
+      -- writer's lock, so under our lock every row there is committed or dead.
+      execute format('lock table %s in access exclusive mode nowait', leaf);
+      execute format('select captured_at from %s order by seq desc limit 1', leaf) into newest;
+      if newest < clock_timestamp() - p_retention then
+        -- Row by row what a position does not show: a transaction that is merely open somewhere keeps nothing.
+        execute format(
+          'select exists (select from cdc.sink k
+                           where exists (select from %1$s e where e.txid >= pg_snapshot_xmax(k.snap_lo))
+                              or exists (select from %1$s e
+                                          where e.txid = any (array(select pg_snapshot_xip(k.snap_lo)))))', leaf)
+          into needed;
+        if not needed then
+          execute format('truncate table %s', leaf);
+          newest := null;
+          done := '{truncated}';
+        end if;
       end if;
-    end if;
-  exception when lock_not_available then
-    return done;
-  end;
+      next_is_empty := next_is_empty or ahead = 1 and newest is null;
+    exception when lock_not_available then
+      null;
+    end;
+  end loop;
 
-  if is_empty and (drawn + margin) >> 24 = turn then
-    execute format('select captured_at from %s order by seq limit 1', current_leaf) into oldest;
+  if next_is_empty and (drawn + margin) >> 24 = turn then
+    execute format('select captured_at from cdc.event_%s order by seq limit 1', turn % 3) into oldest;
     if oldest < clock_timestamp() - p_retention / 3 then
       perform setval('cdc.event_seq'::regclass, (turn + 1) << 24);
       done := done || 'turned'::text;

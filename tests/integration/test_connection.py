@@ -577,16 +577,31 @@ def test_a_primary_that_is_read_only_by_default_is_a_primary(database: str, sess
     conn.execute("create table written ()")
 
 
-def test_only_standbys_are_told_as_such_and_with_the_cure(standby: str) -> None:
+def test_a_lone_standby_is_told_as_such_and_with_the_cure(standby: str) -> None:
     with pytest.raises(NotPrimary) as caught:
         Connection(standby, purpose="test")
-    assert str(caught.value) == ("the server is a standby (let dsn name the primary, or every host of the cluster)")
+    assert str(caught.value) == "the server is a standby (let dsn name the primary, or every host of the cluster)"
+
+
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        ({"target_session_attrs": "read-write"}, "the server is a standby"),
+        ({"host": "{host},127.0.0.1", "port": "{port},1"}, "{place}: the server is a standby; 127.0.0.1:1: {refused}"),
+        ({"host": "{host},{host}/."}, "{place}: the server is a standby; {host}/.:{port}: the server is a standby"),
+    ],
+    ids=["a primary is asked for", "beside a closed port", "two of them"],
+)
+def test_where_a_standby_may_become_the_primary_it_is_worth_waiting(
+    standby: str, options: dict[str, str], reasons: str
+) -> None:
     parts = parse_dsn(standby)
-    with pytest.raises(DatabaseUnreachable) as lost:
-        Connection(make_dsn(standby, host=f"{parts['host']},127.0.0.1", port=f"{parts['port']},1"), purpose="test")
-    assert str(lost.value) == (
-        f"cannot connect: {parts['host']}:{parts['port']}: is a standby; 127.0.0.1:1: Connection refused"
-    )
+    words = {"host": parts["host"], "port": parts["port"], "place": f"{parts['host']}:{parts['port']}"}
+    with pytest.raises(DatabaseUnreachable) as caught:
+        Connection(
+            make_dsn(standby, **{name: value.format(**words) for name, value in options.items()}), purpose="test"
+        )
+    assert one_line(caught.value) == "cannot connect: " + reasons.format(**words, refused="Connection refused")
 
 
 # -- a pooler ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ applications would have seen because of us, and fails the test, unless it was sa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import threading
@@ -57,6 +58,8 @@ _VALUES: dict[str, Callable[[random.Random], object]] = {
 }
 _CHANGES = {"upsert": 25, "update": 40, "insert": 10, "delete": 8, "move": 8, "touch": 4, "plain": 1}
 """What a writer does, and how often."""
+_GENERATIONS = itertools.count()
+"""Marks of one workload are not those of the next over the same tables."""
 _SESSIONS = [  # none of these may leak into an event
     "set timezone = 'Asia/Kolkata'; set datestyle = 'SQL, DMY'; set intervalstyle = 'iso_8601'",
     "set bytea_output = 'escape'; set extra_float_digits = 0; set timezone = 'America/St_Johns'",
@@ -67,6 +70,8 @@ _ISOLATION = ["read committed"] * 3 + ["repeatable read", "serializable"]
 _RETRY = (psycopg2.errors.SerializationFailure, psycopg2.errors.DeadlockDetected)
 _LOST = ("08", "57P01", "57P02", "57P03")
 """SQLSTATEs, or their classes, with which a server takes its leave: broken off, shut down, crashed, not up yet."""
+_CUT_OFF = (psycopg2.DatabaseError, psycopg2.OperationalError, psycopg2.InterfaceError)
+"""What psycopg2 raises, without a SQLSTATE, when the connection fails; the session need not count as closed then."""
 _BREATH = 0.05
 """Seconds between two tries to connect."""
 _Key = tuple[str, tuple[object, ...]]
@@ -140,6 +145,7 @@ class Workload:
         self._errors: list[BaseException] = []
         self._lock = threading.Lock()
         self._keys = hot_keys(self.keys)
+        self.generation = next(_GENERATIONS)
 
     def __enter__(self) -> Workload:
         self._began = time.monotonic()
@@ -265,10 +271,16 @@ class Workload:
         self._live(99, lambda writer: self._insist(writer, stay, "stayed open"))
 
     def _truncate(self) -> None:
+        before: list[int] = []
+
         def truncate(writer: _Writer) -> None:
+            number = writer.count_truncations() if self.ledger else 0
+            before.append(number)
             # Connected again, it may have happened: the answer was lost.
-            if not (self.ledger and writer.has_truncated()):
-                self._insist(writer, _Writer.truncate, "truncated")
+            if number == before[0]:
+                self._insist(writer, partial(_Writer.truncate, number=number), "truncated")
+            else:
+                self._count("truncated")
 
         self._wait_until(self.truncate_at)
         self._live(98, truncate)
@@ -340,7 +352,7 @@ class Workload:
                 writer.use(conn)
                 live(writer)
             except psycopg2.Error as error:
-                if not self.ledger or not (conn.closed or (error.pgcode or "").startswith(_LOST)):
+                if not self.ledger or not (conn.closed or _is_lost(error)):
                     raise
                 return False
         return True
@@ -356,6 +368,10 @@ class Workload:
             conn.close()
             raise
         return conn
+
+
+def _is_lost(error: psycopg2.Error) -> bool:
+    return type(error) in _CUT_OFF if error.pgcode is None else error.pgcode.startswith(_LOST)
 
 
 class _Pace:
@@ -378,7 +394,7 @@ class _Writer:
 
     def __init__(self, workload: Workload, number: int) -> None:
         self._workload = workload
-        self._mark = number * 10**9
+        self._mark = (workload.generation * 1000 + number) * 10**9
         self.log: list[Fact] = []
 
     def use(self, conn: connection) -> None:
@@ -443,16 +459,16 @@ class _Writer:
         self._cursor.execute(f"delete from {table} where {_is(table)} returning mark", key)
         self.log += [Fact(table, "delete", mark) for (mark,) in self._cursor.fetchall()]
 
-    def truncate(self) -> None:
+    def truncate(self, number: int) -> None:
         self._cursor.execute("truncate hot")
-        self.log.append(Fact("hot", "truncate", 0))
+        self.log.append(Fact("hot", "truncate", number))
 
-    def has_truncated(self) -> bool:
-        """Whether the ledger says so."""
-        self._cursor.execute("select exists (select from ledger where op = 'truncate')")
-        (found,) = self._cursor.fetchone() or (False,)
+    def count_truncations(self) -> int:
+        """How many there were, says the ledger."""
+        self._cursor.execute("select count(*) from ledger where op = 'truncate'")
+        (count,) = self._cursor.fetchone() or (0,)
         self._conn.rollback()
-        return bool(found)
+        return int(count)
 
     def _tell(self) -> None:
         """Enter the transaction's changes into the ledger."""
