@@ -130,7 +130,7 @@ class _Checkup:
         candidates = _candidates(connection)
         self._tables(candidates)
         captured = self._schema(connection, role, sees_all, candidates)
-        if self._options.notify != "off":
+        if self._options.notify != "off" or connection.pooled:
             self._bell(connection)
         if captured is None:
             return None
@@ -247,8 +247,8 @@ class _Checkup:
             self._add(
                 "error",
                 f"channel {self._options.channel}",
-                "notifications do not arrive on this connection; PgBouncer in transaction mode does this",
-                "let dsn go to PostgreSQL directly or through a session pool, or set notify: off",
+                listener.DEAF,
+                listener.DEAF_CURE,
             )
 
 

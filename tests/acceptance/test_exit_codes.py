@@ -379,7 +379,8 @@ def test_a_missing_table_is_1_with_one_line_and_nothing_half_done(fresh: Shop, c
 
 
 def test_a_sink_that_has_stopped_for_good_is_1(shop: Shop) -> None:
-    shop.sink = {"type": "file", "path": str(shop.directory), "on_permanent_failure": "stop"}
+    too_long = shop.directory / ("x" * 300)
+    shop.sink = {"type": "file", "path": str(too_long), "on_permanent_failure": "stop"}
     shop.insert(1)
     outcome = shop.run("run", "--until-idle")
     assert outcome.code == 1
