@@ -20,8 +20,7 @@ POINTS: Final[tuple[str, ...]] = (
     "after-listen",  # LISTEN is committed, no window has been read yet
     "before-arm",  # about to ask to be rung
     "after-arm",  # asked to be rung, not asleep yet
-    "after-lock",  # the pipeline's ownership lock is taken, its epoch is not
-    "after-claim",  # lock and epoch are ours, nothing has been read
+    "after-claim",  # the sink is ours, nothing has been read
     "after-read",  # next_batch is committed, its rows are not used yet
     "before-deliver",  # the events are chosen, the sink has none of them
     "half-written",  # file sink: half of the data is written

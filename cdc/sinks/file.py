@@ -11,15 +11,15 @@ Several processes, or several databases, may share a file. They append one at a 
 that is frozen with the lock (SIGSTOP) must not stop the others, so after LOCK_PATIENCE they go on without it. What
 keeps the file whole then, whenever the frozen one wakes, is a second lock, which says who may cut:
 
-* an append holds it shared from before its look at the end of the file until it is synced: any number of frozen ones
-  keep nobody from appending, and the kernel puts writes in append mode one after the other;
-* whoever cuts off anything, a torn line or its own failed batch, holds it exclusively. So nothing is cut while a frozen
-  process may still go on with the line, or another has appended lines that already count;
-* nobody appends to a torn line: before the write it must be possible to cut it, and after the write a look at what
-  stands before ours tells whether somebody's write failed in that instant. If so, the batch is retried.
+* an append holds it shared, from before its look at the end of the file until its lines are synced. Any number of
+  frozen appends keep nobody from appending, and the kernel puts writes in append mode one after the other;
+* who cuts something off, a torn line or its own failed batch, holds it exclusively. So nothing is cut while a frozen
+  process may still finish the line, or while others are adding lines that will count;
+* nobody appends to a torn line that cannot be cut; and should somebody's write fail in the very instant between that
+  look and the write, a look back at what stands before the new lines finds it, and they do not count.
 
-So half a line whose writer is frozen does stop the others, until that process goes on or is ended (they say so), and a
-failed batch with somebody else's lines after it stays: repeated, never lost. Both locks need a local file system.
+So half a line whose writer is frozen does stop the others, who say so and retry, until that process goes on or is
+ended; and a failed batch that others have appended to stays: repeated, never lost. The locks want a local file system.
 """
 
 from __future__ import annotations
@@ -169,11 +169,14 @@ class _LineFile:
         descriptor = self._open()
         try:
             self._wait_for_turn(descriptor)
+            _lock_cuts(descriptor, fcntl.F_RDLCK)
             if _is_torn(descriptor):
+                _lock_cuts(descriptor, fcntl.F_WRLCK)
                 _cut_torn_line(descriptor)
+                _lock_cuts(descriptor, fcntl.F_RDLCK)
             _append(descriptor, data)
         finally:
-            _cut_lock(descriptor, fcntl.F_UNLCK)
+            _lock_cuts(descriptor, fcntl.F_UNLCK)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
@@ -222,11 +225,17 @@ def _try(lock: Callable[[], object], patience: float) -> bool:
             return True
 
 
-def _cut_lock(descriptor: int, kind: int) -> bool:
-    """Take the lock that says who may cut (the head of this module tells): F_RDLCK, F_WRLCK or F_UNLCK."""
+def _lock_cuts(descriptor: int, kind: int) -> None:
+    """Take the lock that says who may cut (the head of this module tells), or give it back.
+
+    Args:
+        descriptor: the file.
+        kind: F_RDLCK (shared), F_WRLCK (exclusive) or F_UNLCK; from one to the other nobody comes between.
+    """
     # Of the open file, not of the process: two sinks of one process may share a file, too.
     flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
-    return _try(lambda: fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, flock), LOCK_PATIENCE)
+    if not _try(lambda: fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, flock), LOCK_PATIENCE):
+        raise OSError(errno.EAGAIN, _UNFINISHED)
 
 
 def _size(descriptor: int) -> int:
@@ -242,8 +251,6 @@ def _is_torn(descriptor: int, end: int | None = None) -> bool:
 
 def _append(descriptor: int, data: bytes) -> None:
     """Write all of it and sync it, or leave nothing of it behind."""
-    if not _cut_lock(descriptor, fcntl.F_RDLCK) or _is_torn(descriptor):
-        raise OSError(errno.EAGAIN, _UNFINISHED)
     rest = memoryview(data)
     step = (len(data) + 1) // 2 if crashpoints.armed("half-written") else len(data)
     end = -1
@@ -261,15 +268,15 @@ def _append(descriptor: int, data: bytes) -> None:
             raise OSError(errno.EAGAIN, "another process wrote half a line in between")
     except OSError:
         with contextlib.suppress(OSError):
-            if end == _size(descriptor) and _cut_lock(descriptor, fcntl.F_WRLCK) and end == _size(descriptor):
+            if _size(descriptor) == end:
+                _lock_cuts(descriptor, fcntl.F_WRLCK)
+            if _size(descriptor) == end:
                 os.ftruncate(descriptor, end - len(data) + len(rest))
         raise
 
 
 def _cut_torn_line(descriptor: int) -> None:
     """Remove what follows the last line break."""
-    if not _cut_lock(descriptor, fcntl.F_WRLCK):
-        raise OSError(errno.EAGAIN, _UNFINISHED)
     end = size = _size(descriptor)
     while end > 0:
         start = max(0, end - 65536)

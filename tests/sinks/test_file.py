@@ -92,11 +92,14 @@ def test_a_file_moved_away_is_made_anew(sink: FileSink, tmp_path: Path, make_eve
 
 def test_a_torn_line_of_somebody_else_is_cut_off_too(sink: FileSink, tmp_path: Path, make_event: Make) -> None:
     path = tmp_path / "orders.jsonl"
-    sink.deliver([make_event(1)])
-    with path.open("a") as file:
-        file.write("torn")
-    sink.deliver([make_event(2)])
-    assert seqs(path) == [1, 2]
+    other = FileSink("other", FileOptions(type="file", path=str(path)))
+    for seq, each in enumerate((sink, other, sink, other)):
+        each.deliver([make_event(seq)])  # both have the file open all the time
+        with path.open("a") as file:
+            file.write("torn")
+    sink.deliver([make_event(4)])
+    other.close()
+    assert seqs(path) == [0, 1, 2, 3, 4]
 
 
 # -- what the disk and people do to a file ------------------------------------------------------------------------
@@ -436,8 +439,8 @@ def test_a_frozen_holder_of_the_lock_stops_nobody_and_loses_nothing(
     point: str,
 ) -> None:
     path = tmp_path / "orders.jsonl"
-    theirs = [make_event(seq) for seq in (1001, 1002, 1003)]
-    frozen = freeze(point, theirs)
+    path.write_text("torn")  # the frozen one has cut something before
+    frozen = freeze(point, [make_event(seq) for seq in (1001, 1002, 1003)])
     began = time.monotonic()
     sink.deliver([make_event(1), make_event(2)])
     assert time.monotonic() - began < 3
