@@ -336,7 +336,10 @@ class Connection:
     def _translate(self, error: Exception) -> DatabaseError:
         sqlstate = getattr(error, "pgcode", None) or ""
         message = first_line(error)
-        if self._session.closed or isinstance(error, DatabaseUnreachable) or sqlstate.startswith(_UNREACHABLE_CLASSES):
+        # A server that breaks off in the middle is not always seen to have gone; what it sent has no SQLSTATE then.
+        broke_off = not sqlstate and type(error) in {psycopg2.DatabaseError, psycopg2.OperationalError}
+        lost = self._session.closed or broke_off or sqlstate.startswith(_UNREACHABLE_CLASSES)
+        if lost or isinstance(error, DatabaseUnreachable):
             self.close()
             return DatabaseUnreachable(f"connection lost: {message}")
         if sqlstate in _SQLSTATES_OF_THEIR_OWN:
