@@ -994,10 +994,6 @@ def test_a_young_row_of_an_old_transaction_is_kept(
     early.commit()
     reader.everything()
     assert rotate() == ["turned"]
-    fetch(shop, "insert into item values (3, 0)")
-    fetch(shop, "update cdc.event_1 set captured_at = captured_at - interval '1 day'")
-    reader.everything()
-    assert rotate() == ["turned"]
     assert rotate() == []
     assert counts(shop)[0] == 2
 
@@ -1037,7 +1033,8 @@ def test_a_reader_there_keeps_a_child_and_nobody_waits(
     dump = session()
     fetch(dump, "select count(*) from cdc.event_0")
     began = time.monotonic()
-    assert rotate() == []
+    assert rotate() == ["truncated"]
+    assert counts(shop) == [1, 0, 1]
     assert time.monotonic() - began < 5
     dump.rollback()
     assert rotate() == ["truncated", "turned"]
@@ -1053,7 +1050,8 @@ def test_a_rolled_back_writer_leaves_nothing_in_the_way(
     lost = session()
     fetch(lost, "insert into item values (100, 0)")
     fill(shop, reader, rotate)
-    assert rotate() == []
+    assert rotate() == ["truncated"]
+    assert counts(shop) == [1, 0, 1]
     lost.rollback()
     fetch(shop, "insert into item values (101, 0)")  # lets the position move past the one that is gone
     reader.everything()
