@@ -11,6 +11,7 @@ last try the error names who stands in the way.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,8 +49,8 @@ PAUSE = 1.0
 
 _TRIGGER_RIGHTS = (
     "the migration role needs CREATE on the database, TRIGGER on every captured table, and CREATEROLE or, where "
-    "another role has made cdc_capture and cdc_reader, ADMIN on both (grant them, or set migrate_dsn to a role that "
-    "has them)"
+    "another role has made cdc_capture, cdc_nobody and cdc_reader, ADMIN on them (grant them, or set migrate_dsn to a "
+    "role that has them)"
 )
 
 
@@ -310,6 +311,11 @@ def _arguments(target: Target, database: DatabaseConfig) -> dict[str, object]:
         "notify": "ephemeral" if options.delivery == "ephemeral" else database.notify,
         "notify_payload": database.notify_payload,
         "channel": database.channel,
+        "exclude": list(options.exclude),
+        "mask": json.dumps(options.mask),
+        "conditions": json.dumps(options.when),
+        # What a glob says is meant for many tables, some of which do not have the column.
+        "lenient": not database.names(target.schema, target.table),
     }
 
 

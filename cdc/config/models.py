@@ -74,10 +74,17 @@ class TableConfig(StrictModel):
     always: bool = False
     model: str | None = None
 
-    _exclude = not_supported_yet("exclude", except_for=((),))
-    _mask = not_supported_yet("mask", except_for=({},))
-    _when = not_supported_yet("when", except_for=({},))
     _model = not_supported_yet("model")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TableConfig:
+        if both := [column for column in self.exclude if column in self.mask]:
+            raise ValueError(f"exclude and mask both name {listed(both)} (keep one)")
+        if "truncate" in self.when:
+            raise ValueError("a condition for truncate, which touches no single row (leave truncate out of ops)")
+        if unused := [op for op in self.when if op not in self.ops]:
+            raise ValueError(f"a condition for {listed(unused)}, which ops leaves out (keep one)")
+        return self
 
 
 def _all_defaults(value: object) -> object:
@@ -162,6 +169,10 @@ class DatabaseConfig(StrictModel):
         Users, passwords and every other parameter are left out.
         """
         return describe(self.resolved_dsn)
+
+    def names(self, schema: str, table: str) -> bool:
+        """Whether a table is written by its own name, not only covered by a glob."""
+        return any(not is_glob(pattern) and matches(pattern, schema, table) for pattern in self.tables)
 
     def options_for(self, schema: str, table: str) -> TableConfig | None:
         """How a table is captured, or None when no pattern covers it.

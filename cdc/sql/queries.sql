@@ -186,12 +186,14 @@ select c.oid::bigint, n.nspname, c.relname, c.relkind in ('r', 'p') and c.relper
 -- name: enable_capture
 -- Make one table's triggers exactly these.
 select cdc.enable_capture(%(relation)s::oid::regclass, %(ops)s, %(image)s, %(key)s::text[], %(always)s, %(notify)s,
-                          %(notify_payload)s, %(channel)s);
+                          %(notify_payload)s, %(channel)s, %(exclude)s::text[], %(mask)s::json, %(conditions)s::json,
+                          %(lenient)s);
 
 -- name: capture_state
 -- Whether one table's triggers are exactly these.
 select state from cdc.capture_plan(%(relation)s::oid::regclass, %(ops)s, %(image)s, %(key)s::text[], %(always)s,
-                                   %(notify)s, %(notify_payload)s, %(channel)s);
+                                   %(notify)s, %(notify_payload)s, %(channel)s, %(exclude)s::text[], %(mask)s::json,
+                                   %(conditions)s::json, %(lenient)s);
 
 -- name: captured
 -- The tables that carry our triggers.

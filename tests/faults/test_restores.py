@@ -64,7 +64,7 @@ def dump_and_restore(old: Cluster, new: Cluster, name: str = "shop") -> str:
     path = new.directory / "socket" / "dump"
     old.run("pg_dump", "-Fc", "-d", old.dsn(name), "-f", path)
     dsn = new.create_database(name)
-    for role in ("cdc_capture", "cdc_reader"):  # a dump of one database has no roles
+    for role in ("cdc_capture", "cdc_nobody", "cdc_reader"):  # a dump of one database has no roles
         new.query(f"create role {role} nologin noinherit")
     new.run("pg_restore", "-d", dsn, path)
     return dsn

@@ -814,7 +814,7 @@ def modest(cluster: str, connect: Callable[..., connection], tmp_path: Path) -> 
     shop.run("grant usage on schema sales to clerk; grant insert on sales.orders to clerk")
     yield shop
     admin.execute("drop database modest with (force)")
-    admin.execute("drop role if exists cdc_capture, cdc_reader, daemon, clerk, migrator, second")
+    admin.execute("drop role if exists cdc_capture, cdc_nobody, cdc_reader, daemon, clerk, migrator, second")
 
 
 def configured(shop: Shop, **more: Any) -> Path:
@@ -885,8 +885,8 @@ def test_a_role_without_rights_gets_one_clear_line(modest: Shop) -> None:
     assert result.stdout == ""
     assert result.stderr == (
         "error: shop: permission denied for database modest: the migration role needs CREATE on the database, "
-        "TRIGGER on every captured table, and CREATEROLE or, where another role has made cdc_capture and cdc_reader, "
-        "ADMIN on both (grant them, or set migrate_dsn to a role that has them)\n"
+        "TRIGGER on every captured table, and CREATEROLE or, where another role has made cdc_capture, "
+        "cdc_nobody and cdc_reader, ADMIN on them (grant them, or set migrate_dsn to a role that has them)\n"
     )
     assert modest.one("select to_regnamespace('cdc')") is None
 
@@ -933,7 +933,7 @@ def test_a_second_migration_role_on_one_server_needs_the_roles_granted_with_admi
             (line,) = result.stderr.splitlines()
             assert 'permission denied to grant role "cdc_capture"' in line
             assert "ADMIN" in line
-            modest.run("grant cdc_capture, cdc_reader to second with admin option")
+            modest.run("grant cdc_capture, cdc_nobody, cdc_reader to second with admin option")
         result = cdc(path, "migrate")
         assert result.exit_code == 0, result.output
     finally:
@@ -965,9 +965,9 @@ def test_the_trigger_function_belongs_to_a_powerless_role(shop: Shop) -> None:
     assert (owner, definer, public) == ("cdc_capture", True, False)
     powers = shop.query(
         "select rolsuper, rolcreaterole, rolcreatedb, rolcanlogin, rolreplication, rolbypassrls from pg_roles"
-        " where rolname in ('cdc_capture', 'cdc_reader')"
+        " where rolname in ('cdc_capture', 'cdc_nobody', 'cdc_reader')"
     )
-    assert powers == [(False,) * 6] * 2
+    assert powers == [(False,) * 6] * 3
 
 
 def test_an_ordinary_role_cannot_attach_the_trigger_to_a_table_of_its_own(

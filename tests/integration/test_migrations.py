@@ -64,7 +64,7 @@ _DESCRIPTION = {
                          case when rolcreaterole then 'createrole' end, case when rolcreatedb then 'createdb' end,
                          case when rolcanlogin then 'login' end, case when rolreplication then 'replicate' end,
                          case when rolbypassrls then 'bypassrls' end)
-          from pg_roles where rolname in ('cdc_capture', 'cdc_reader')
+          from pg_roles where rolname in ('cdc_capture', 'cdc_nobody', 'cdc_reader')
     """,
     "relation": f"""
         select c.relname,
@@ -408,7 +408,11 @@ PARAMETERS = {
     "nonce": "a nonce",
     "notify": "adaptive",
     "notify_payload": "diff",
+    "conditions": "{}",
     "dropped": 3,
+    "exclude": ["note"],
+    "lenient": True,
+    "mask": "{}",
     "patience": 5.0,
     "process": 4711,
     "seconds": 15.0,
