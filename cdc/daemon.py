@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from cdc import installer, listener, outbox
+from cdc import diagnosis, installer, listener, outbox
 from cdc.bell import Bell
 from cdc.config import Config, DatabaseConfig
 from cdc.connection import Connection
@@ -169,6 +169,7 @@ class Daemon:
             process=self._owner.process,
             retention=options.retention,
             alarm=options.outbox_alarm,
+            find_drift=lambda connection: diagnosis.find_drift(connection, options),
         )
         if options.notify != "off":
             database.listener = Listener(

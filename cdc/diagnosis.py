@@ -7,7 +7,7 @@ reached, has no schema or refuses our role is a line of the report, and the othe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -227,19 +227,13 @@ class _Checkup:
 
     def _triggers(self, connection: Connection, candidates: Sequence[_Candidate]) -> None:
         drifts, problems = _drift(connection, self._options, candidates)
-        disabled = {row[0] for row in connection.query(QUERIES["disabled_captures"])}
+        disabled = _disabled(connection)
         for problem in problems:
             message, cure = _parted(problem)
             self._add("error", "tables", message, cure or "correct `tables`")
         for drift in drifts:
-            message = {
-                "missing": "trigger is missing",
-                "outdated": "trigger differs from the configuration",
-                "unmanaged": "is captured, and the configuration does not name it",
-            }[drift.state]
-            if drift.table in disabled and drift.state == "outdated":
-                message = "trigger is disabled: changes are not captured"
             cure = "run cdc migrate, which removes the trigger, or add it to `tables`"
+            message = _told(drift, disabled)
             self._add("error", drift.table, message, cure if drift.state == "unmanaged" else "run cdc migrate")
 
     def _bell(self, connection: Connection) -> None:
@@ -499,6 +493,31 @@ def _drift(
     names = {candidate.name for candidate in wanted}
     everything = installer.find_drift(connection, options.model_copy(update={"tables": {}}))
     return drifts + [drift for drift in everything if drift.table not in names], problems
+
+
+def find_drift(connection: Connection, options: DatabaseConfig) -> list[str]:
+    """Where the triggers of a database differ from the configuration, one sentence each, for the daemon.
+
+    Raises:
+        DatabaseError: see :meth:`cdc.connection.Connection.query`.
+    """
+    drifts, problems = _drift(connection, options, _candidates(connection))
+    disabled = _disabled(connection)
+    return problems + [f"{drift.table}: {_told(drift, disabled)}" for drift in drifts]
+
+
+def _disabled(connection: Connection) -> set[str]:
+    return {row[0] for row in connection.query(QUERIES["disabled_captures"])}
+
+
+def _told(drift: Drift, disabled: Collection[str]) -> str:
+    if drift.table in disabled and drift.state == "outdated":
+        return "trigger is disabled: changes are not captured"
+    return {
+        "missing": "trigger is missing",
+        "outdated": "trigger differs from the configuration",
+        "unmanaged": "is captured, and the configuration does not name it",
+    }[drift.state]
 
 
 def _quoted(candidate: _Candidate) -> str:

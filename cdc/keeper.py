@@ -7,7 +7,8 @@ A daemon none of whose sessions has said anything for :data:`cdc.outbox.LEASE` s
 takes its time. An idle beat writes nothing.
 
 House. The outbox's space is given back once it has been delivered and kept for `retention`; that it has grown beyond
-`outbox_alarm` is said aloud, with the sink that holds it.
+`outbox_alarm` is said aloud, with the sink that holds it. So is drift: a table of the configuration without its trigger,
+a trigger that is disabled or not the one the configuration wants, a table captured that it does not name.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 from cdc import crashpoints, outbox
 from cdc.connection import Connection
@@ -31,12 +33,23 @@ HOUSEKEEPING = (1.0, 300.0)
 """Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
 MEASURING = 10.0
 """Seconds between looks at the outbox's size."""
+RECONCILING = 60.0
+"""Seconds between looks at the triggers."""
 
 
 class Keeper(threading.Thread):
     """The thread that keeps the ownership of one database's pipelines believable, and its outbox small."""
 
-    def __init__(self, dsn: str, *, database: str, process: int, retention: float, alarm: int) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        database: str,
+        process: int,
+        retention: float,
+        alarm: int,
+        find_drift: Callable[[Connection], Sequence[str]] = lambda connection: (),
+    ) -> None:
         """
         Args:
             dsn: the database.
@@ -44,6 +57,7 @@ class Keeper(threading.Thread):
             process: the daemon's number, see :func:`cdc.outbox.join_process`.
             retention: seconds events are kept after delivery.
             alarm: bytes above which the outbox is too large.
+            find_drift: where the triggers differ from the configuration, one sentence each.
         """
         super().__init__(name=f"{database}/keeper", daemon=True)
         self._dsn = dsn
@@ -51,6 +65,9 @@ class Keeper(threading.Thread):
         self._process = process
         self._retention = retention
         self._alarm = alarm
+        self._find_drift = find_drift
+        self.drift: Sequence[str] = ()
+        """Where the triggers differed from the configuration, when they were last looked at."""
         self._stop_event = threading.Event()
         self._is_large = False
         self._last_trouble = ""
@@ -68,7 +85,7 @@ class Keeper(threading.Thread):
         shortest, longest = HOUSEKEEPING
         pause = min(max(self._retention / 10, shortest), longest)
         tidy_at = time.monotonic() + pause
-        measure_at = 0.0
+        measure_at = reconcile_at = 0.0
         with Connection(self._dsn, purpose="keeper", deadline=DEADLINE) as connection:
             outbox.join_process(connection, self._process)
             while not self._stop_event.wait(BEAT):
@@ -79,6 +96,9 @@ class Keeper(threading.Thread):
                 if now >= measure_at:
                     measure_at = now + MEASURING
                     self._measure(connection)
+                if now >= reconcile_at:
+                    reconcile_at = now + RECONCILING
+                    self._reconcile(connection)
                 outbox.beat(connection)
                 self._last_trouble = ""
 
@@ -109,6 +129,17 @@ class Keeper(threading.Thread):
         elif self._is_large and not is_large:
             log.info("The outbox is below its alarm again.", extra=self._fields(bytes=self.outbox_bytes))
         self._is_large = is_large
+
+    def _reconcile(self, connection: Connection) -> None:
+        drift = self._find_drift(connection)
+        if drift and drift != self.drift:
+            log.error(
+                "The triggers are not what the configuration says; run cdc migrate.",
+                extra=self._fields(drift="; ".join(drift)),
+            )
+        elif self.drift and not drift:
+            log.info("The triggers are what the configuration says again.", extra=self._fields())
+        self.drift = drift
 
     def _lost(self, error: BaseException, wait: float) -> None:
         if str(error) != self._last_trouble:

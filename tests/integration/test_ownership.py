@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from harness import until
+from harness import Project, until
 from psycopg2.extensions import connection
 from sql import fetch, value
 
+from cdc import config as configuration
+from cdc import diagnosis
 from cdc.connection import Connection
 from cdc.errors import DatabaseUnreachable, Fenced
 from cdc.keeper import Keeper
 from cdc.outbox import LEASE, Outbox, Owner, join_process
+from cdc.sinks import option_models
 
 Connect = Callable[..., connection]
 
@@ -199,3 +203,41 @@ def test_the_keeper_is_heard_and_rotates_and_raises_the_alarm(
         keeper.join(10)
     assert not keeper.is_alive()
     assert caplog.text.count("beyond its alarm") == 1
+
+
+def test_a_running_daemon_says_that_triggers_differ_and_when_they_are_right_again(
+    tmp_path: Path, database: str, connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    look = connect(database)
+    fetch(look, "create table one (id int primary key); create table two (id int primary key)")
+    project = Project(tmp_path, database, {"public.*": {}}, "{table}.jsonl")
+    project.cdc("migrate")
+    options = configuration.load(project.config, option_models(), {}).databases["shop"]
+    for name, seconds in (("BEAT", 0.02), ("RECONCILING", 0.02)):
+        monkeypatch.setattr(f"cdc.keeper.{name}", seconds)
+    keeper = Keeper(
+        database,
+        database="shop",
+        process=5,
+        retention=60.0,
+        alarm=2**40,
+        find_drift=lambda connection: diagnosis.find_drift(connection, options),
+    )
+    keeper.start()
+    try:
+        for spoil, sentence in (
+            ('drop trigger "00_cdc_capture" on one', "public.one: trigger differs from the configuration"),
+            ('alter table two disable trigger "00_cdc_capture"', "public.two: trigger is disabled"),
+            ("create table three (id int primary key)", "public.three: trigger is missing"),
+        ):
+            fetch(look, spoil)
+            until(lambda: any(sentence in told for told in keeper.drift), sentence)  # noqa: B023  # called at once
+        project.cdc("migrate")
+        until(lambda: not keeper.drift, "all is well again")
+    finally:
+        keeper.stop()
+        keeper.join(10)
+    said = [record.getMessage() for record in caplog.records if "configuration says" in record.getMessage()]
+    assert said[-1] == "The triggers are what the configuration says again."
+    assert 1 < len(said) <= 7
