@@ -7,8 +7,8 @@ A daemon none of whose sessions has said anything for :data:`cdc.outbox.LEASE` s
 takes its time. An idle beat writes nothing.
 
 House. The outbox's space is given back once it has been delivered and kept for `retention`; that it has grown beyond
-`outbox_alarm` is said aloud, with the sink that holds it. So is drift: a table of the configuration without its trigger,
-a trigger that is disabled or not the one the configuration wants, a table captured that it does not name.
+`outbox_alarm` is said aloud, with the sink that holds it. So is drift: a table of the configuration without its
+trigger, a trigger that is disabled or not the one the configuration wants, a captured table that it does not name.
 """
 
 from __future__ import annotations
