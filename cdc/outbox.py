@@ -20,6 +20,9 @@ from cdc.sql import QUERIES
 
 LEASE = 5.0
 """Seconds of silence after which a process counts as stopped or cut off, and its sinks may be taken over."""
+CONFIRM_DEADLINE = 5.0
+"""Seconds for the question whether a sink is still ours; with a pipeline's heartbeat, how soon a dead connection is
+noticed while there is nothing to do."""
 PATIENCE = 600.0
 """Seconds for a page that could not be had in the usual time from a server that is alive: opening a window of tens of
 millions of events."""
@@ -138,8 +141,8 @@ class Outbox:
         return None if self._epoch is None else Claim(self._epoch, happened)
 
     def confirm(self) -> None:
-        """Make sure that the sink is still ours. Raises as :meth:`next_batch`."""
-        self._owned(QUERIES["confirm"], {"sink": self._sink, "epoch": self._epoch})
+        """Make sure that the sink is still ours, and the connection alive. Raises as :meth:`next_batch`."""
+        self._owned(QUERIES["confirm"], {"sink": self._sink, "epoch": self._epoch}, deadline=CONFIRM_DEADLINE)
 
     def next_batch(self, acked: int | None, *, events: int, bytes_: int) -> Batch | None:
         """Acknowledge what came before and read the next page, in one round trip that commits before it returns.
@@ -193,9 +196,9 @@ class Outbox:
             {"sink": self._sink, "event_id": event.id, "event": text, "reason": reason},
         )
 
-    def _owned(self, query: str, parameters: dict[str, object]) -> None:
+    def _owned(self, query: str, parameters: dict[str, object], *, deadline: float | None = None) -> None:
         """Run a query that returns a row if the sink is ours."""
-        if not self._connection.query(query, parameters):
+        if not self._connection.query(query, parameters, deadline=deadline):
             raise Fenced(f"sink {self._sink} is served by another daemon")
 
     # -- rows to events -----------------------------------------------------------------------------------------
