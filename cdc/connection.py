@@ -7,9 +7,9 @@ a new one.
 
 A slow server is no frozen one. The server's statement_timeout ends `GRACE` seconds before our deadline, so a server
 that lives says :class:`~cdc.errors.TooSlow`, and the session goes on. It travels with each statement and ends with it:
-set for the session it would, through a pool that shares sessions, cancel other people's statements. An answer that is
-already arriving when the deadline comes is let arrive, as long as no pause in it exceeds `GRACE`, up to `PATIENCE`
-times the deadline. (A commit that waits for a synchronous standby is beyond statement_timeout: it looks frozen.)
+set for the session it would, through a pool that shares sessions, cancel other people's statements. (A commit that
+waits for a synchronous standby is beyond statement_timeout: it looks frozen.) A deadline is for the whole answer, not
+for each piece of it: one that comes in drops is given up as well, and whoever asked may ask for less.
 
 Connecting: libpq, used this way, waits for a vanished host for ever and never gets to the next one. So the hosts of
 the connection string, and the addresses of each, are tried one after the other, each with a fair share of the time
@@ -53,9 +53,7 @@ HOST_DEADLINE = 3.0
 QUERY_DEADLINE = 9.0
 """Seconds for one round trip, unless the caller knows better."""
 GRACE = 2.0
-"""Seconds between the server's time-out and ours, and the longest pause in an answer that comes late."""
-PATIENCE = 3
-"""How many times the deadline an answer that keeps arriving may take."""
+"""Seconds between the server's time-out and ours."""
 
 # Within about 20 s, and the same on both sides.
 _KEEPALIVE = {"idle": 5, "interval": 5, "count": 3}
@@ -106,26 +104,21 @@ class _Session(ext.connection):
 
     Attributes:
         expires: when to give up, by the monotonic clock; None: never.
-        latest: when to give up even though something keeps arriving.
     """
 
     def __init__(self, dsn: str, *args: Any, until: float, **kwargs: Any) -> None:
         # Set first: logging in is already done through _wait.
         self.expires: float | None = until
-        self.latest = until
         super().__init__(dsn, *args, **kwargs)
 
     def allow(self, seconds: float) -> None:
         """Begin a new deadline."""
-        now = time.monotonic()
-        self.expires = now + seconds
-        self.latest = now + seconds * PATIENCE
+        self.expires = time.monotonic() + seconds
 
 
 def _wait(session: Any) -> None:
     """psycopg2's wait callback: poll until the answer is there or the session's deadline has passed."""
     expires: float | None = getattr(session, "expires", None)  # connections of others have none
-    moved = float("-inf")
     while (state := session.poll()) != ext.POLL_OK:
         # A new one each time: while connecting, the socket may be another one after every step.
         poller = select.poll()
@@ -133,11 +126,9 @@ def _wait(session: Any) -> None:
         if expires is None:
             poller.poll()
             continue
-        left = min(max(expires, moved + GRACE), session.latest) - time.monotonic()
         # At least one look, in case it was this process that has slept.
-        if not poller.poll(max(left, 0.0) * 1000) or (left <= 0 and time.monotonic() > session.latest):
+        if not poller.poll(max(expires - time.monotonic(), 0.0) * 1000):
             raise DatabaseUnreachable(_NOT_IN_TIME)
-        moved = time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Making a database equal to the configuration: schema, triggers, positions. And saying where it is not.
+"""Making a database equal to the configuration: schema, triggers, positions. Saying where it is not, and undoing it.
 
 One database, one transaction: Alembic to head, then the triggers of every table the YAML names (added, changed,
 removed), then a first position for every new sink. All of it or nothing. A position is taken together with the
@@ -6,33 +6,43 @@ triggers, so that what is written between `cdc migrate` and the first `cdc run` 
 
 Locks are asked for with a short lock_timeout: CREATE TRIGGER waits for writers of the table, and everybody else would
 queue up behind it. When it comes to nothing the transaction is rolled back and tried again a little later; after the
-last try the error names who stands in the way.
+last try the error names who stands in the way. `uninstall` goes the same way.
+
+Several databases may be migrated at once, by threads of one process. But Alembic's ``op`` and ``context`` exist once in
+a process, so revisions are run by one thread at a time; a database at head has none to run, and waits for nobody.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import psycopg2
 import psycopg2.extensions as ext
 from alembic import command
 from alembic.config import Config as AlembicConfig
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from psycopg2 import errors as pg
 from psycopg2 import sql
 from sqlalchemy import Connection as SqlConnection
 from sqlalchemy import create_engine
+from sqlalchemy.engine.mock import MockConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+from cdc import outbox
 from cdc.config import Config, DatabaseConfig, TableConfig
 from cdc.connection import Connection, first_line
 from cdc.errors import DatabaseError, DatabaseUnreachable, InstallError, NotInstalled
@@ -47,16 +57,31 @@ ATTEMPTS = 5
 PAUSE = 1.0
 """Seconds between attempts."""
 
+ROLES = ("cdc_capture", "cdc_nobody", "cdc_reader")
+"""What belongs to the cluster, and so to all of its databases together."""
+
+BEGIN = """
+select set_config('lock_timeout', %(lock_timeout)s, true);
+select pg_advisory_xact_lock(6513765, 1)
+"""
+"""How the transaction begins. Two migrations of one database would only trip over each other."""
+
+_ALEMBIC = threading.Lock()
+"""Held by whoever runs revisions."""
+
 _TRIGGER_RIGHTS = (
     "the migration role needs CREATE on the database, TRIGGER on every captured table, and CREATEROLE or, where "
     "another role has made cdc_capture, cdc_nobody and cdc_reader, ADMIN on them (grant them, or set migrate_dsn to a "
     "role that has them)"
 )
+_REMOVAL_RIGHTS = (
+    "the role that uninstalls must own schema cdc and the captured tables (set migrate_dsn to one that does)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing a migration did."""
+    """One thing a migration, or its undoing, did."""
 
     subject: str
     what: str
@@ -93,7 +118,7 @@ def migrate(
         dsn: how to reach it as the role that migrates.
         reader_dsn: how the daemon reaches it; its role is granted cdc_reader.
         sinks: the sinks fed from it, with where each starts (``now`` or ``earliest``).
-        on_wait: told why an attempt came to nothing, before the next.
+        on_wait: told why an attempt came to nothing, before the next; may raise, so that there is none.
         upgrade: moves the schema; None: to head.
         triggers: go on to triggers and positions, if the schema is at head then.
 
@@ -104,66 +129,95 @@ def migrate(
         InstallError: nothing was changed; the message says what to do.
         DatabaseUnreachable, NotPrimary: as :class:`cdc.connection.Connection`.
     """
-    migration = _Migration(name, database, sinks, _daemon_role(dsn, reader_dsn), upgrade or upgrade_to_head, triggers)
+    migration = _Migration(name, database, sinks, daemon_role(dsn, reader_dsn), upgrade, triggers)
+    return _attempt(name, dsn, migration, on_wait)
+
+
+class _Work(Protocol):
+    """What is to be done to one database, in one transaction.
+
+    Attributes:
+        command: which command does it.
+        rights: what its role needs, for people.
+        at: the table being worked on, as its oid and name; whose lock it is that could not be had.
+    """
+
+    command: ClassVar[str]
+    rights: ClassVar[str]
+    at: tuple[int, str] | None
+
+    def run(self, connection: Connection) -> list[Change]:
+        """All of it or nothing; raises what the server says."""
+
+
+def _attempt(name: str, dsn: str, work: _Work, on_wait: Callable[[str], None]) -> list[Change]:
+    """Do it; after some attempts that came to nothing, say who is in the way. All else as for :func:`migrate`."""
     for attempt in range(1, ATTEMPTS + 1):
-        with Connection(dsn, purpose="migrate") as connection, Connection(dsn, purpose="migrate watch") as watch:
+        with (
+            Connection(dsn, purpose=work.command) as connection,
+            Connection(dsn, purpose=f"{work.command} watch") as watch,
+        ):
             try:
-                return migration.run(connection)
+                return work.run(connection)
             except CommandError as refusal:
-                raise InstallError(
-                    f"{first_line(refusal)} (if a newer cdc has migrated this database, install that one)"
-                ) from None
+                raise _unknown_revision(refusal) from None
             except (psycopg2.Error, DBAPIError) as raised:
                 error = raised.orig if isinstance(raised, DBAPIError) else raised
                 message = first_line(error or raised)
                 if isinstance(error, pg.InsufficientPrivilege):
-                    raise InstallError(f"{message}: {_TRIGGER_RIGHTS}") from None
+                    raise InstallError(f"{message}: {work.rights}") from None
                 if connection.raw.closed:
                     raise DatabaseUnreachable(f"connection lost: {message}") from None
-                if not isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected):
+                if isinstance(error, pg.UniqueViolation):  # before PostgreSQL 16 a grant does not wait for another
+                    reason = f"another migration of the same cluster was faster: {message}"
+                elif isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected):
+                    reason = f"a lock could not be had in {LOCK_TIMEOUT:g} s: {_in_the_way(watch, work.at)}"
+                else:
                     raise InstallError(message) from None
-                reason = f"a lock could not be had in {LOCK_TIMEOUT:g} s: {_in_the_way(watch, migration.at)}"
                 if attempt == ATTEMPTS:
-                    raise InstallError(f"{reason}; nothing was changed (run `cdc migrate` again later)") from None
+                    raise InstallError(
+                        f"{reason}; nothing was changed (run `cdc {work.command}` again later)"
+                    ) from None
                 on_wait(f"{name}: {reason}; trying again")
         time.sleep(PAUSE)
     raise AssertionError("unreachable")
 
 
+def _unknown_revision(refusal: CommandError) -> InstallError:
+    return InstallError(f"{first_line(refusal)} (if a newer cdc has migrated this database, install that one)")
+
+
 @dataclass(slots=True)
 class _Migration:
-    """What is to be done to one database, in one transaction.
+    """Making one database equal to the configuration; see :func:`migrate`."""
 
-    Attributes:
-        at: the table being worked on, as its oid and name; whose lock it is that could not be had.
-    """
+    command: ClassVar[str] = "migrate"
+    rights: ClassVar[str] = _TRIGGER_RIGHTS
 
     name: str
     database: DatabaseConfig
     sinks: Mapping[str, str]
     daemon_role: str | None
-    upgrade: Callable[[SqlConnection], None]
+    upgrade: Callable[[SqlConnection], None] | None
     triggers: bool
     at: tuple[int, str] | None = None
 
     def run(self, connection: Connection) -> list[Change]:
-        """All of it or nothing; raises what the server says."""
+        """See :class:`_Work`."""
         self.at = None
         with _transaction(connection) as transaction, connection.raw.cursor() as cursor:
-            cursor.execute("select set_config('lock_timeout', %s, true)", (f"{LOCK_TIMEOUT:g}s",))
-            # Two migrations at once would only trip over each other.
-            cursor.execute("select pg_advisory_xact_lock(6513765, 1)")
+            cursor.execute(BEGIN, {"lock_timeout": f"{LOCK_TIMEOUT:g}s"})
             before = _revision(transaction)
-            self.upgrade(transaction)
+            if self.upgrade is not None:
+                self.upgrade(transaction)
+            elif before != head():
+                upgrade_to_head(transaction)
             after = _revision(transaction)
             changes = []
             if before != after:
                 changes.append(Change("schema cdc", f"revision {before or 'none'} → {after or 'none'}"))
             if self.triggers and after == head():
-                cursor.execute(
-                    "update cdc.installation set database_name = %(name)s where database_name <> %(name)s",
-                    {"name": self.name},
-                )
+                cursor.execute(QUERIES["name_installation"], {"name": self.name})
                 changes += [*self._reconcile(cursor), *self._register_sinks(cursor), *self._grant_reader(cursor)]
             return changes
 
@@ -195,26 +249,25 @@ class _Migration:
 
     def _grant_reader(self, cursor: ext.cursor) -> Iterator[Change]:
         """Make the daemon's role a member of cdc_reader, where it is another than the one that migrates."""
-        cursor.execute(
-            "select pg_has_role(rolname, 'cdc_reader', 'member') from pg_roles"
-            " where rolname = %s and rolname <> current_user",
-            (self.daemon_role,),
-        )
-        if cursor.fetchone() == (False,):
+        cursor.execute(QUERIES["lacks_reader"], {"role": self.daemon_role})
+        if cursor.fetchone() == (True,):
             cursor.execute(sql.SQL("grant cdc_reader to {}").format(sql.Identifier(self.daemon_role or "")))
             yield Change(f"role {self.daemon_role}", "granted cdc_reader")
 
 
-def _daemon_role(dsn: str, reader_dsn: str) -> str | None:
-    """The daemon's role, where it has a connection string of its own."""
-    if reader_dsn == dsn:
-        return None
+def daemon_role(dsn: str, reader_dsn: str) -> str | None:
+    """The daemon's role, where it has a connection string of its own. Arguments as for :func:`migrate`."""
+    return None if reader_dsn == dsn else role_of(reader_dsn)
+
+
+def role_of(dsn: str) -> str | None:
+    """Whom a connection string logs in as; None where only a server that cannot be reached could tell."""
     try:
         # Asking the server knows of PGUSER, service files and the like.
-        with Connection(reader_dsn, purpose="migrate") as connection:
+        with Connection(dsn, purpose="migrate") as connection:
             return connection.raw.info.user
     except DatabaseError:
-        return ext.parse_dsn(reader_dsn).get("user")
+        return ext.parse_dsn(dsn).get("user")
 
 
 @contextmanager
@@ -246,7 +299,52 @@ def alembic_config(**attributes: object) -> AlembicConfig:
 
 def upgrade_to_head(transaction: SqlConnection) -> None:
     """Run our revisions, in-process, inside the caller's transaction."""
-    command.upgrade(alembic_config(connection=transaction), "head")
+    with _ALEMBIC:
+        command.upgrade(alembic_config(connection=transaction), "head")
+
+
+def upgrade_script(revision: str | None) -> str:
+    """What :func:`upgrade_to_head` would run on a database at a revision (None: without one), as SQL text.
+
+    Raises:
+        InstallError: a revision this program does not know.
+    """
+    scripts = ScriptDirectory(str(migrations_directory()))
+    text = io.StringIO()
+
+    def steps(heads: Any, _: MigrationContext) -> Any:
+        return scripts._upgrade_revs("head", heads)  # what alembic.command.upgrade goes by
+
+    context = MigrationContext.configure(
+        dialect_name="postgresql",
+        opts={
+            "as_sql": True,
+            "output_buffer": text,
+            "version_table_schema": "cdc",
+            "transactional_ddl": False,
+            "script": scripts,
+            "starting_rev": revision,
+            "fn": steps,
+        },
+    )
+
+    class Recorder(MockConnection):
+        """Alembic's stand-in for a connection has no method for plain text, which is what our revisions are."""
+
+        def exec_driver_sql(self, statement: str) -> None:
+            context.impl.static_output(statement.replace("%%", "%").strip())
+
+    recorder: Any = Recorder(context.dialect, lambda construct, *_, **__: context.impl._exec(construct))
+    context.connection = context.impl.connection = recorder
+    try:
+        with _ALEMBIC, Operations.context(context):
+            context.run_migrations()
+    except CommandError as refusal:
+        raise _unknown_revision(refusal) from None
+    # A schema that was taken down has left its version table, empty.
+    return "create schema if not exists cdc;\n\n" + text.getvalue().replace(
+        "CREATE TABLE cdc.alembic_version", "CREATE TABLE IF NOT EXISTS cdc.alembic_version"
+    )
 
 
 def _revision(transaction: SqlConnection) -> str | None:
@@ -319,22 +417,89 @@ def _arguments(target: Target, database: DatabaseConfig) -> dict[str, object]:
     }
 
 
+def capture_state(connection: Connection, target: Target, database: DatabaseConfig) -> str:
+    """Whether a table's triggers are what the configuration says: ``installed``, ``outdated`` or ``missing``.
+
+    Raises:
+        DatabaseError: it cannot be captured so; or see :meth:`cdc.connection.Connection.query`.
+    """
+    return str(connection.query(QUERIES["capture_state"], _arguments(target, database))[0][0])
+
+
+def enable_statement(connection: Connection, target: Target, database: DatabaseConfig, quoted: str) -> str:
+    """The statement that makes a table's triggers what the configuration says, written out for people.
+
+    Args:
+        connection: any session.
+        target: the table.
+        database: the configuration.
+        quoted: the table's name as SQL, which stands in it in place of the number.
+    """
+    query = QUERIES["enable_capture"].replace("%(relation)s::oid::regclass", "%(relation)s::regclass")
+    return written_out(connection, query, _arguments(target, database) | {"relation": quoted})
+
+
+def written_out(connection: Connection, query: str, parameters: Mapping[str, object]) -> str:
+    """A query with its parameters filled in, without comments at its head, with a semicolon."""
+    lines = query.strip().splitlines()
+    statement = "\n".join(itertools.dropwhile(lambda line: line.startswith("--"), lines))
+    with connection.raw.cursor() as cursor:
+        return str(cursor.mogrify(statement, parameters).decode()) + ";"
+
+
 def _fetch_text(cursor: ext.cursor) -> str:
     row = cursor.fetchone()
     return str(row[0]) if row else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A transaction that a trigger of a table has to wait for.
+
+    Attributes:
+        pid: its server process; None for a prepared one.
+        prepared: the name it was prepared under, or None.
+        who: its application, or else its role, or what kind of process it is.
+        age: seconds since it began; None where our role may not see it.
+    """
+
+    pid: int | None
+    prepared: str | None
+    who: str
+    state: str
+    age: float | None
+
+    def __str__(self) -> str:
+        name = f"pid {self.pid}" if self.pid else f"prepared transaction {self.prepared}"
+        details = [self.who, self.state, *([] if self.age is None else [f"for {self.age:.0f} s"])]
+        return f"{name} ({', '.join(filter(None, details))})"
+
+
+def holders(connection: Connection, relation: int, *, exclusive: bool) -> list[Holder]:
+    """Who a trigger of a table has to wait for, longest first; at most five.
+
+    Args:
+        connection: a session without locks of its own.
+        relation: the table's oid.
+        exclusive: for dropping a trigger, which even readers are in the way of.
+
+    Raises:
+        DatabaseError: see :meth:`cdc.connection.Connection.query`.
+    """
+    parameters: dict[str, object] = {"relation": relation, "exclusive": exclusive}
+    return [Holder(*row) for row in connection.query(QUERIES["holders"], parameters)]
+
+
 def _in_the_way(watch: Connection, table: tuple[int, str] | None) -> str:
     """Who holds the lock that could not be had, for people."""
-    if table is None:
-        return "another migration is at work on this database or its cluster"
-    relation, name = table
-    holders = watch.query(QUERIES["in_the_way"], {"relation": relation})
-    if not holders:
-        return f"{name} was in use by somebody who has ended meanwhile"
-    return "; ".join(
-        f"{name} is in use by pid {pid} ({who}, {state}, for {age:.0f} s)" for pid, who, state, age in holders
-    )
+    # Without one a revision was at work: on tables of its own, or on roles, which belong to the whole cluster.
+    tables = [table] if table else [(oid, f"cdc.{name}") for oid, name in watch.query(QUERIES["tables_of_cdc"])]
+    for relation, name in tables:
+        if found := holders(watch, relation, exclusive=False) or holders(watch, relation, exclusive=True):
+            return "; ".join(f"{name} is in use by {holder}" for holder in found)
+    if table:
+        return f"{table[1]} was in use by somebody who has ended meanwhile"
+    return "another migration is at work on this database or its cluster"
 
 
 # -- drift ------------------------------------------------------------------------------------------------------
@@ -368,11 +533,11 @@ def find_drift(connection: Connection, database: DatabaseConfig) -> list[Drift]:
     drifts = []
     for target in targets:
         try:
-            state = connection.query(QUERIES["capture_state"], _arguments(target, database))[0][0]
+            state = capture_state(connection, target, database)
         except DatabaseError as error:
             raise InstallError(str(error)) from None
         if state != "installed":
-            drifts.append(Drift(target.name, state))
+            drifts.append(Drift(target.name, "missing" if state == "missing" else "outdated"))
     wanted = {target.oid for target in targets}
     drifts += [
         Drift(f"{schema}.{table}", "unmanaged")
@@ -389,3 +554,125 @@ def sinks_of(config: Config, database: str) -> dict[str, str]:
         for name, options in config.sinks.items()
         if options.databases is None or database in options.databases
     }
+
+
+# -- uninstall --------------------------------------------------------------------------------------------------
+
+
+def losses(connection: Connection) -> list[str]:
+    """What would be lost for good with schema cdc, each as words. Raises as Connection.query."""
+    try:
+        found = outbox.sink_statuses(connection)
+    except NotInstalled:
+        if connection.query("select to_regclass('cdc.event') is null") == [(True,)]:
+            return []
+        return ["whatever the sinks have not delivered (at its revision this program cannot tell what that is)"]
+    lost = []
+    for sink in found:
+        pending = f"{sink.pending}{'+' if sink.capped else ''} pending events" if sink.pending else ""
+        letters = f"{sink.dead_letters} dead letters" if sink.dead_letters else ""
+        if what := " and ".join(filter(None, (pending, letters))):
+            lost.append(f"{what} of sink {sink.name}")
+    return lost
+
+
+def uninstall(name: str, *, dsn: str, force: bool = False, on_wait: Callable[[str], None] = log.info) -> list[Change]:
+    """Take cdc out of one database, and its roles out of the cluster when no other database depends on them.
+
+    Args:
+        name: the database's name in the configuration.
+        dsn: how to reach it as the role that migrates.
+        force: even while a daemon serves it.
+        on_wait: as for :func:`migrate`.
+
+    Returns:
+        What was removed, and what had to stay; nothing when there was nothing.
+
+    Raises:
+        InstallError: nothing was changed; the message says what to do.
+        DatabaseUnreachable, NotPrimary: as :class:`cdc.connection.Connection`.
+    """
+    return _attempt(name, dsn, _Removal(force), on_wait)
+
+
+@dataclass(slots=True)
+class _Removal:
+    """Taking cdc out of a database, whatever its revision; see :func:`uninstall`."""
+
+    command: ClassVar[str] = "uninstall"
+    rights: ClassVar[str] = _REMOVAL_RIGHTS
+
+    force: bool
+    at: tuple[int, str] | None = None
+
+    def run(self, connection: Connection) -> list[Change]:
+        """See :class:`_Work`."""
+        self.at = None
+        with _transaction(connection), connection.raw.cursor() as cursor:
+            cursor.execute(BEGIN, {"lock_timeout": f"{LOCK_TIMEOUT:g}s"})
+            cursor.execute(QUERIES["tables_of_cdc"])
+            tables = cursor.fetchall()
+            # First, because from here on no daemon can begin to serve a sink.
+            self._lock(cursor, [table for table in tables if table[1] == "sink"])
+            if not self.force:
+                self._refuse_while_served(cursor)
+            changes = [*self._remove_triggers(cursor)]
+            self._lock(cursor, tables)
+            return [*changes, *self._remove_schema(cursor), *self._remove_roles(cursor)]
+
+    def _lock(self, cursor: ext.cursor, tables: Iterable[tuple[Any, ...]]) -> None:
+        for relation, table in tables:
+            self.at = (relation, f"cdc.{table}")
+            cursor.execute(sql.SQL("lock table {} in access exclusive mode").format(sql.Identifier("cdc", table)))
+        self.at = None
+
+    def _refuse_while_served(self, cursor: ext.cursor) -> None:
+        cursor.execute("select to_regprocedure('cdc.holder(integer, bigint)') is null")
+        if cursor.fetchone() == (True,):
+            return  # nothing installed, or a revision whose daemons this program knows nothing of
+        cursor.execute(QUERIES["served_sinks"])
+        if served := cursor.fetchall():
+            sinks = ", ".join(f"{sink} by {owner}" for sink, owner in served)
+            raise InstallError(f"a daemon is at work: it serves {sinks} (stop it, or say --force)")
+
+    def _remove_triggers(self, cursor: ext.cursor) -> Iterator[Change]:
+        cursor.execute(QUERIES["triggers_of_cdc"])
+        tables = []
+        for relation, schema, table, trigger in cursor.fetchall():
+            self.at = (relation, f"{schema}.{table}")
+            statement = sql.SQL("drop trigger {} on {}")
+            cursor.execute(statement.format(sql.Identifier(trigger), sql.Identifier(schema, table)))
+            tables.append(f"{schema}.{table}")
+        for name in dict.fromkeys(tables):
+            yield Change(name, "removed")
+
+    def _remove_schema(self, cursor: ext.cursor) -> Iterator[Change]:
+        cursor.execute(QUERIES["dependents_of_cdc"])
+        if others := [str(row[0]) for row in cursor.fetchall()]:
+            raise InstallError(f"depends on schema cdc: {', '.join(others)} (drop that first)")
+        cursor.execute("select to_regnamespace('cdc') is not null")
+        if cursor.fetchone() == (True,):
+            cursor.execute("drop schema cdc cascade")
+            yield Change("schema cdc", "removed")
+
+    def _remove_roles(self, cursor: ext.cursor) -> Iterator[Change]:
+        for role in ROLES:
+            cursor.execute("select from pg_roles where rolname = %s", (role,))
+            if cursor.fetchone() is None:
+                continue
+            cursor.execute("savepoint before_role")
+            try:
+                cursor.execute(sql.SQL("drop role {}").format(sql.Identifier(role)))
+            except (pg.DependentObjectsStillExist, pg.InsufficientPrivilege, pg.ObjectInUse) as error:
+                cursor.execute("rollback to before_role")
+                cursor.execute(QUERIES["databases_of_role"], {"role": role})
+                users = [str(row[0]) for row in cursor.fetchall()]
+                why = f"in use by database {_some(users)}" if users else first_line(error)
+                yield Change(f"role {role}", f"stays: {why}")
+            else:
+                yield Change(f"role {role}", "removed")
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

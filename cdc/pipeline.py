@@ -59,6 +59,8 @@ STANDBY_INTERVAL = 1.0
 CONFIRM_AFTER = 2.0
 """Seconds without a word from the database after which a pipeline makes sure that the sink is still its own before it
 delivers; well below the lease after which another daemon may take it."""
+SMALLEST_SHARE = 1 / 256
+"""Of a batch's limits, as long as pages are lost on the way again and again."""
 COUNT_INTERVAL = 1.0
 """Seconds between two notes of how many ephemeral changes were dropped."""
 
@@ -96,6 +98,7 @@ class Pipeline(threading.Thread):
         self._owner = owner
         self._on_delivered = on_delivered
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
+        self._share = 1.0  # of a batch's limits, which a slow line may be too slow for
         self._heard_at = 0.0
         self._failed = 0  # ephemeral changes the sink did not take
         self._counted = 0  # dropped changes the database knows of
@@ -159,7 +162,6 @@ class Pipeline(threading.Thread):
                 self._close_sink()
 
     def _loop(self, outbox: Outbox) -> None:
-        limits = self._options.batch
         acked: int | None = None
         is_time = True
         while not self._stop_event.is_set():  # a stop request that comes later ends the next rest
@@ -167,7 +169,7 @@ class Pipeline(threading.Thread):
                 self._bell.looking(self._sleeper)
                 if acked is not None:
                     crashpoints.reached("before-acknowledge")
-                batch = outbox.next_batch(acked, events=limits.events, bytes_=limits.bytes)
+                batch = self._read(outbox, acked)
                 crashpoints.reached("after-read")
                 self._heard()
                 if self.state != "dropping":
@@ -191,6 +193,20 @@ class Pipeline(threading.Thread):
         if acked is not None:
             outbox.acknowledge(acked)
             crashpoints.reached("after-acknowledge")
+
+    def _read(self, outbox: Outbox, acked: int | None) -> Batch | None:
+        """The next page; smaller ones for a while after a page that did not come through in time."""
+        limits = self._options.batch
+        try:
+            batch = outbox.next_batch(
+                acked, events=max(1, int(limits.events * self._share)), bytes_=max(1, int(limits.bytes * self._share))
+            )
+        except DatabaseUnreachable:
+            self._share = max(self._share / 4, SMALLEST_SHARE)
+            raise
+        if batch is not None and batch.full:
+            self._share = min(1.0, self._share * 2)
+        return batch
 
     def _process(self, outbox: Outbox, batch: Batch) -> bool:
         """Get a batch off our hands; False when stopped before all of it was."""

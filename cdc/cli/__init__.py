@@ -24,6 +24,7 @@ from cdc.cli.run import run
 from cdc.cli.sinks import sinks
 from cdc.cli.status import status
 from cdc.cli.terminal import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNREACHABLE
+from cdc.cli.uninstall import uninstall
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
 
 
@@ -66,5 +67,5 @@ def main(context: click.Context, path: Path | None, log_level: str | None, log_f
     context.obj = App(lambda: configuration.find(path, os.environ), os.environ, log_level, log_format)
 
 
-for _command in (check, demo, migrate, rebase, run, sinks, status):
+for _command in (check, demo, migrate, rebase, run, sinks, status, uninstall):
     main.add_command(_command)

@@ -311,3 +311,136 @@ select n.nspname, c.relname, c.relkind in ('r', 'p') and c.relpersistence = 'p' 
 -- name: disabled_captures
 -- Captured tables one of whose triggers does not fire for ordinary writes.
 select schema_name || '.' || table_name from cdc.captured where not enabled;
+
+-- name: name_installation
+-- Let a database be called what the configuration calls it.
+update cdc.installation set database_name = %(name)s where database_name <> %(name)s;
+
+-- name: installation_name
+-- What a database is called in its events.
+select database_name from cdc.installation;
+
+-- name: known_sinks
+-- The sinks that have a position.
+select name from cdc.sink;
+
+-- name: lacks_reader
+-- Whether a role is to be made a member of cdc_reader: it is not the one that migrates, and no member yet.
+select not coalesce(pg_has_role(r.oid, g.oid, 'member'), false)
+  from pg_catalog.pg_roles r left join pg_catalog.pg_roles g on g.rolname = 'cdc_reader'
+ where r.rolname = %(role)s and r.rolname <> current_user;
+
+-- name: table_facts
+-- What a plan tells of tables, without a lock on any: the quoted name; the size, null where it cannot be had without
+-- waiting; the rows as the planner estimates them; how many partitions; our triggers; the primary key; all columns.
+with recursive family as (
+  select r::oid as root, r::oid as member from unnest(%(relations)s::bigint[]) as r
+  union all
+  select f.root, i.inhrelid
+    from family f
+    join pg_catalog.pg_class p on p.oid = f.member and p.relkind = 'p'
+    join pg_catalog.pg_inherits i on i.inhparent = f.member
+), busy as materialized (
+  select l.relation from pg_catalog.pg_locks l
+   where l.locktype = 'relation' and l.mode = 'AccessExclusiveLock'
+     and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+), sizes as (
+  select f.root, count(*) - 1 as partitions,
+         case when bool_or(f.member in (select b.relation from busy b)) then null
+              else sum(case when f.member not in (select b.relation from busy b) then pg_total_relation_size(f.member) end)
+         end::bigint as bytes,
+         sum(nullif(c.reltuples, -1)) filter (where c.relkind <> 'p')::bigint as estimated_rows
+    from family f join pg_catalog.pg_class c on c.oid = f.member
+   group by f.root
+)
+select s.root::bigint, format('%%I.%%I', n.nspname, c.relname), s.bytes, s.estimated_rows, s.partitions,
+       array(select g.tgname::text from pg_catalog.pg_trigger g
+              where g.tgrelid = s.root and not g.tgisinternal and g.tgname like '00\_cdc\_%%'),
+       (select array_agg(a.attname::text order by k.n)
+          from pg_catalog.pg_index i
+          cross join unnest(i.indkey::int2[]) with ordinality as k (attnum, n)
+          join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+         where i.indrelid = s.root and i.indisprimary and k.n <= i.indnkeyatts),
+       array(select a.attname::text from pg_catalog.pg_attribute a
+              where a.attrelid = s.root and a.attnum > 0 and not a.attisdropped)
+  from sizes s
+  join pg_catalog.pg_class c on c.oid = s.root
+  join pg_catalog.pg_namespace n on n.oid = c.relnamespace;
+
+-- name: holders
+-- Whose locks on a table, or on a partition of it, making a trigger has to wait for, or (exclusive) dropping one; longest
+-- first. Takes no lock itself.
+with recursive family as (
+  select %(relation)s::bigint::oid as member
+  union all
+  select i.inhrelid
+    from family f
+    join pg_catalog.pg_class p on p.oid = f.member and p.relkind = 'p'
+    join pg_catalog.pg_inherits i on i.inhparent = f.member
+)
+select l.pid, p.gid, coalesce(nullif(a.application_name, ''), a.usename, a.backend_type, p.owner, '?'),
+       coalesce(a.state, ''),
+       extract(epoch from clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8 as age
+  from pg_catalog.pg_locks l
+  left join pg_catalog.pg_stat_activity a on a.pid = l.pid
+  -- A prepared transaction has no process; what its locks have in common is the virtual transaction it once was.
+  left join pg_catalog.pg_locks x
+    on l.pid is null and x.pid is null and x.locktype = 'transactionid' and x.virtualtransaction = l.virtualtransaction
+  left join pg_catalog.pg_prepared_xacts p on p.transaction = x.transactionid
+ where l.granted and l.locktype = 'relation'
+   and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+   and l.relation in (select f.member from family f)
+   and (%(exclusive)s or l.mode not in ('AccessShareLock', 'RowShareLock'))
+   and l.pid is distinct from pg_backend_pid()
+ group by l.pid, p.gid, a.application_name, a.usename, a.backend_type, p.owner, a.state, a.xact_start, p.prepared
+ order by age desc nulls last
+ limit 5;
+
+-- name: served_sinks
+-- The sinks that a daemon serves at this moment, and which.
+select k.name, coalesce(k.owner, '?') from cdc.sink k
+ where exists (select from cdc.holder(k.id, k.epoch))
+ order by k.name;
+
+-- name: tables_of_cdc
+-- The tables of schema cdc, whichever revision made them; children before their parents.
+select c.oid::bigint, c.relname
+  from pg_catalog.pg_class c
+ where c.relnamespace = to_regnamespace('cdc') and c.relkind in ('r', 'p')
+ order by c.oid desc;
+
+-- name: triggers_of_cdc
+-- Every trigger that calls a function of schema cdc, whatever it is called; those of partitions go with their parent's.
+select g.tgrelid::bigint, n.nspname, c.relname, g.tgname
+  from pg_catalog.pg_trigger g
+  join pg_catalog.pg_proc p on p.oid = g.tgfoid
+  join pg_catalog.pg_class c on c.oid = g.tgrelid
+  join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+ where p.pronamespace = to_regnamespace('cdc') and not g.tgisinternal and g.tgparentid = 0
+ order by n.nspname, c.relname, g.tgname;
+
+-- name: dependents_of_cdc
+-- What is outside of schema cdc and would be dropped with something inside.
+with inside as (
+  select 'pg_class'::regclass::oid as class, c.oid as object from pg_catalog.pg_class c
+   where c.relnamespace = to_regnamespace('cdc')
+  union all
+  select 'pg_proc'::regclass, p.oid from pg_catalog.pg_proc p where p.pronamespace = to_regnamespace('cdc')
+  union all
+  select 'pg_type'::regclass, t.oid from pg_catalog.pg_type t where t.typnamespace = to_regnamespace('cdc')
+)
+select distinct pg_describe_object(d.classid, d.objid, 0)
+  from pg_catalog.pg_depend d
+  join inside i on i.class = d.refclassid and i.object = d.refobjid
+  cross join lateral pg_identify_object_as_address(d.classid, d.objid, 0) a
+ where not exists (select from inside o where o.class = d.classid and o.object = d.objid)
+   and a.object_names[1] not in ('cdc', 'pg_toast')
+ order by 1;
+
+-- name: databases_of_role
+-- The databases where a role owns something or has been granted something.
+select distinct d.datname
+  from pg_catalog.pg_shdepend s join pg_catalog.pg_database d on d.oid = s.dbid
+ where s.refclassid = 'pg_authid'::regclass
+   and s.refobjid = (select r.oid from pg_catalog.pg_roles r where r.rolname = %(role)s)
+ order by d.datname;

@@ -15,8 +15,8 @@ and states its invariants in figures: lost 0, inversions 0, phantoms 0, duplicat
         verdict = settle(project, work, seed, least=scale(500, 5000), most_duplicates=kills * BATCH)
         figures("SIGKILL of PostgreSQL", verdict, kills=kills, per_kill=verdict.per_fault(kills), peak_MiB=…)
 
-Without ``--full`` the directory takes minutes, and each choice comes from ``--seed``. What a test hands to `figures` is
-printed at the end as one table, with xdist too; ``pytest tests/faults`` has to be named for that, as for the options.
+Without ``--full`` only the tests that are not marked ``full`` run, each at its short length: minutes, for CI. Each
+choice comes from ``--seed``. What a test hands to `figures` is printed at the end as one table, with xdist too.
 """
 
 from __future__ import annotations
@@ -53,8 +53,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _is_full(config):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+        return
     for item in items:
-        if _is_full(config) and HERE in item.path.parents and item.get_closest_marker("timeout") is None:
+        if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(FULL_TIMEOUT))
 
 

@@ -124,6 +124,7 @@ def test_under_churn_the_outbox_stays_as_small_as_its_retention_allows(
     assert memory < MOST_MEMORY
 
 
+@pytest.mark.full
 def test_after_an_outage_the_backlog_is_caught_up_in_flat_memory_while_changes_go_on(
     project: Project, connect: Connect, figures: Callable[..., None], scale: Callable[[int, int], int]
 ) -> None:
@@ -154,6 +155,7 @@ def test_after_an_outage_the_backlog_is_caught_up_in_flat_memory_while_changes_g
     assert memory < MOST_MEMORY
 
 
+@pytest.mark.full
 def test_a_sink_that_stands_still_holds_the_outbox_says_so_and_can_be_forgotten(
     project: Project, connect: Connect
 ) -> None:
@@ -183,6 +185,7 @@ def test_a_sink_that_stands_still_holds_the_outbox_says_so_and_can_be_forgotten(
         project.cdc("sinks", "forget", "left", codes=(1,))  # twice is once too often
 
 
+@pytest.mark.full
 def test_an_open_transaction_that_wrote_nothing_here_keeps_no_space(project: Project, connect: Connect) -> None:
     idle = connect(project.dsn, autocommit=False)
     value(idle, "select pg_current_xact_id()")
@@ -194,6 +197,7 @@ def test_an_open_transaction_that_wrote_nothing_here_keeps_no_space(project: Pro
 
 
 @pytest.mark.parametrize("history", [10_000, 100_000])
+@pytest.mark.full
 def test_what_a_read_touches_does_not_grow_with_the_history_that_is_kept(
     project: Project, connect: Connect, history: int, figures: Callable[..., None]
 ) -> None:

@@ -28,6 +28,8 @@ from tools import Clock, PgBouncer, required
 from verdict import judged, settle
 from workload import TABLES, Workload, WriterFailed
 
+pytestmark = pytest.mark.full
+
 FAST = {"fsync": "off"}
 """For tests that kill nothing."""
 

@@ -128,6 +128,7 @@ def test_a_dump_restored_elsewhere_is_refused_until_it_is_rebased_and_then_loses
     )
 
 
+@pytest.mark.full
 def test_a_running_daemon_whose_database_is_replaced_stops_delivering_and_goes_on_after_a_rebase(
     clusters: Callable[..., Cluster], small: Callable[[str], Project], connect: Connect
 ) -> None:
@@ -225,6 +226,7 @@ def test_a_database_moved_by_pg_upgrade_goes_on_by_itself(
     figures("pg_upgrade 15 to 18", "lost 0, duplicates 0, nobody had to step in")
 
 
+@pytest.mark.full
 def test_a_copy_by_dump_within_one_cluster_goes_on(
     clusters: Callable[..., Cluster], small: Callable[[str], Project], connect: Connect
 ) -> None:
@@ -245,6 +247,7 @@ def test_a_copy_by_dump_within_one_cluster_goes_on(
     assert keys(project) == list(range(1, 8))
 
 
+@pytest.mark.full
 def test_rebase_waits_for_writers_and_takes_what_they_committed(
     clusters: Callable[..., Cluster], small: Callable[[str], Project], connect: Connect
 ) -> None:

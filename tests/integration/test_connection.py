@@ -278,32 +278,19 @@ def test_a_longer_deadline_gives_up_a_session_too(relay: Relay, session: Session
         conn.query("select pg_sleep(60)", deadline=0.6)
 
 
-def test_an_answer_that_is_arriving_when_the_deadline_comes_is_let_arrive(relay: Relay, session: Session) -> None:
-    conn = session(relay.dsn)
-    relay.rate = 150_000
-    began = time.monotonic()
-    rows = conn.query("select repeat('x', 1000) from generate_series(1, 100)", deadline=0.3)
-    assert time.monotonic() - began > 0.3
-    assert rows == [("x" * 1000,)] * 100
-
-
-def test_a_page_too_large_for_a_slow_line_is_too_slow_and_arrives_with_more_time(
-    relay: Relay, session: Session
-) -> None:
+def test_a_page_too_large_for_a_slow_line_arrives_with_more_time(relay: Relay, session: Session) -> None:
     # Larger than what the wire itself can hold: 20 MB.
     page = "select repeat('x', 10000) from generate_series(1, 2000)"
-    conn = session(relay.dsn, deadline=1.0)
     relay.rate = 12_000_000
-    with pytest.raises(TooSlow):
-        conn.query(page)
-    assert len(conn.query(page, deadline=60.0)) == 2000
+    with pytest.raises((TooSlow, DatabaseUnreachable)):
+        session(relay.dsn, deadline=1.0).query(page)
+    assert len(session(relay.dsn, deadline=1.0).query(page, deadline=60.0)) == 2000
 
 
 def test_an_answer_in_drops_is_given_up_in_the_end(relay: Relay, session: Session) -> None:
     conn = session(relay.dsn)
     relay.rate = 20
-    limit = 0.3 * connection.PATIENCE
-    with within(limit + SOON), pytest.raises(DatabaseUnreachable, match="no answer in time"):
+    with within(0.3 + SOON), pytest.raises(DatabaseUnreachable, match="no answer in time"):
         conn.query("select repeat('x', 1000)", deadline=0.3)
 
 

@@ -411,8 +411,10 @@ PARAMETERS = {
     "conditions": "{}",
     "dropped": 3,
     "exclude": ["note"],
+    "exclusive": True,
     "lenient": True,
     "mask": "{}",
+    "name": "shop",
     "patience": 5.0,
     "process": 4711,
     "seconds": 15.0,
@@ -420,7 +422,9 @@ PARAMETERS = {
     "owner": "host:1",
     "reason": "never",
     "relation": 1259,
+    "relations": [1259],
     "retention": 86_400.0,
+    "role": "cdc_reader",
     "sink": "audit",
     "sinks": ["audit"],
     "start": "now",
@@ -429,7 +433,7 @@ PARAMETERS = {
 }
 """Something plausible for every parameter a query may have."""
 
-OF_A_MIGRATION = {"enable_capture", "rebase"}
+OF_A_MIGRATION = {"enable_capture", "name_installation", "rebase"}
 """What only the migrating role does."""
 
 
