@@ -7,8 +7,9 @@ Guarantees, given that the outbox hands out each key's events in order and repea
 * while an event is being retried nothing later of its key is delivered. After a partial failure the rest of the
   batch goes again from the first failed event of each failed key, even where the sink had taken a later one;
 * a sink that is slow, down or broken holds back nobody else: the thread, the connection and the position are its own;
-* a daemon that was stopped and continued delivers nothing it has not first made sure to own, and acknowledges nothing
-  once another has taken over: every acknowledgement names the epoch.
+* a daemon that was stopped and continued asks, before it delivers, whether the sink is still its own (stopped again
+  right after the answer, it delivers one batch twice), and acknowledges nothing once another has taken over: every
+  acknowledgement names the epoch.
 
 Ephemeral changes (``delivery: ephemeral``) come from the listener, are delivered between two batches and never twice:
 what fails is dropped, and counted.
