@@ -18,7 +18,7 @@ from typing import Any
 import psycopg2
 import pytest
 from cluster import Cluster
-from harness import Project, read_lines, until
+from harness import Project, Tail, read_lines, until
 from psycopg2.extensions import connection
 from sql import fetch, value
 from tools import Clock
@@ -136,11 +136,11 @@ def test_after_an_outage_the_backlog_is_caught_up_in_flat_memory_while_changes_g
     backlog += 1000
     with Churn(project.dsn, 1) as churn:
         arrivals, began = churn.changes, time.monotonic()
-        with project.daemon() as daemon:
-            until(lambda: count_lines(project.file) >= backlog, "the backlog is delivered", seconds=600, pause=0.1)
+        with Tail(project.file) as tail, project.daemon() as daemon:
+            until(lambda: len(tail.arrivals) >= backlog, "the backlog is delivered", seconds=600, pause=0.1)
             seconds = time.monotonic() - began
             arrival_rate = (churn.changes - arrivals) / seconds
-            delivered = count_lines(project.file)
+            delivered = len(tail.arrivals)
             memory = daemon.peak_rss()
             until(lambda: project.status()["databases"]["shop"]["sinks"]["mirror"]["lag_seconds"] < 5, "no lag")
     figures(
