@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CANARY = "hunter2"
 PATIENCE = 10.0
-SOON = 2.0
+SOON = 8.0
 """Seconds of slack a busy machine gets on top of a deadline."""
 CLOSED_PORT = "1"
 

@@ -1,8 +1,8 @@
 """Random rows: what an event says of a row is what PostgreSQL's to_json says of it, text for text, and so is the bell.
 
-Hypothesis invents rows of a table with a column of nearly every kind, a session's settings, and what happens to them.
-After every statement a witness with the settings of the contract reads the row column by column; the expected event is
-made of these texts alone.
+Hypothesis invents rows of a table with a column of nearly every kind, the settings of a session, and what happens to
+the rows. After every statement a witness with the settings of the contract reads the row column by column; the event
+that is expected is made of these texts alone.
 """
 
 from __future__ import annotations
