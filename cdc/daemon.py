@@ -145,7 +145,7 @@ class Daemon:
         """Look whether a database can be served, and make its sinks known to it."""
         with Connection(database.dsn, purpose="start") as connection:
             check_revision(connection)
-            if connection.pooled and not listener.hears_itself(connection, database.options.channel):
+            if connection.pooled and not listener.hears_itself(connection, database.options.channel, database.dsn):
                 raise CdcError(
                     f"{listener.DEAF}, and who serves a sink is kept by a session too, whatever notify says "
                     f"({listener.DEAF_CURE})"

@@ -85,7 +85,7 @@ class _Checkup:
         try:
             with Connection(dsn, purpose="check") as connection:
                 place = connection.query(QUERIES["same_place"])
-                summary = self._database(connection)
+                summary = self._database(connection, dsn)
         except CdcError as error:
             self._failed("dsn", error)
         if migrate_dsn != dsn:
@@ -112,7 +112,7 @@ class _Checkup:
             cure = _cure_of_connecting(message, f"databases.{self._name}.{key}", where)
         self._findings.append(Finding(self._name, "error", subject, message, cure, unreachable))
 
-    def _database(self, connection: Connection) -> str | None:
+    def _database(self, connection: Connection, dsn: str) -> str | None:
         """Look at all of it; returns the line for when all of it is fine, None when there is no looking further."""
         version, encoding, role, prepared, queue_usage, sees_all = connection.query(QUERIES["server_facts"])[0]
         version = version.split()[0]
@@ -131,7 +131,7 @@ class _Checkup:
         self._tables(candidates)
         captured = self._schema(connection, role, sees_all, candidates)
         if self._options.notify != "off" or connection.pooled:
-            self._bell(connection)
+            self._bell(connection, dsn)
         if captured is None:
             return None
         return (
@@ -236,8 +236,8 @@ class _Checkup:
             message = _told(drift, disabled)
             self._add("error", drift.table, message, cure if drift.state == "unmanaged" else "run cdc migrate")
 
-    def _bell(self, connection: Connection) -> None:
-        if not listener.hears_itself(connection, self._options.channel):
+    def _bell(self, connection: Connection, dsn: str) -> None:
+        if not listener.hears_itself(connection, self._options.channel, dsn):
             self._add(
                 "error",
                 f"channel {self._options.channel}",

@@ -321,24 +321,33 @@ _EVENT = '{"version":1,'
 """How `cdc.payload` begins."""
 
 
-def hears_itself(connection: Connection, channel: str) -> bool:
-    """Whether a notification of this session's own comes back to it within `SELF_TEST_DEADLINE`, for `cdc check`.
+def hears_itself(connection: Connection, channel: str, dsn: str) -> bool:
+    """Whether a notification comes back to this session within `SELF_TEST_DEADLINE`, for `cdc check`.
+
+    Behind a pooler the one who rings is a second client. A transaction pool that gives LISTEN and NOTIFY to one server
+    process hands the notification over with the answer to NOTIFY, and a session that rang itself would look sound.
+
+    Args:
+        dsn: how `connection` was reached.
 
     Raises:
         DatabaseError: see :meth:`cdc.connection.Connection.query`.
     """
     _listen(connection, channel)
-    return _ring_back(connection, channel) is not None
+    if not connection.pooled:
+        return _ring_back(connection, channel) is not None
+    with Connection(dsn, purpose="self-test") as ringer:
+        return _ring_back(connection, channel, ringer) is not None
 
 
 def _listen(connection: Connection, channel: str) -> None:
     connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)).as_string(connection.raw))
 
 
-def _ring_back(connection: Connection, channel: str) -> list[str] | None:
+def _ring_back(connection: Connection, channel: str, ringer: Connection | None = None) -> list[str] | None:
     """Ring ourselves, and wait for it: what else was heard meanwhile, in order; None when it has not come in time."""
     nonce = f"{_SELF_TEST}{uuid.uuid4()}"
-    connection.query(QUERIES["ring_self"], {"channel": channel, "nonce": nonce})
+    (ringer or connection).query(QUERIES["ring_self"], {"channel": channel, "nonce": nonce})
     deadline = time.monotonic() + SELF_TEST_DEADLINE
     poller = select.poll()
     poller.register(connection.fileno(), select.POLLIN)

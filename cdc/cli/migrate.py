@@ -23,7 +23,7 @@ from sqlalchemy import Connection as SqlConnection
 
 from cdc import installer, planner
 from cdc.cli.app import App, Place, pass_app
-from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, byte_size
+from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, byte_size, plain
 from cdc.errors import CdcError, DatabaseUnreachable, InstallError
 from cdc.planner import Step
 
@@ -106,7 +106,7 @@ def migrate_all(
 
     def tell(changes: list[dict[str, str]]) -> None:
         for change in changes if not as_json else ():
-            click.echo("{database}: {subject}: {change}".format_map(change), err=all_on_stderr)
+            fleet.say("{database}: {subject}: {change}".format_map(change), err=all_on_stderr)
 
     # Alembic's own command has one context for all of its databases.
     fleet = Fleet(names, work, tell, at_once=1 if upgrade else AT_ONCE)
@@ -152,13 +152,11 @@ class Fleet(Generic[_ResultT]):
         self._work = work
         self._tell = tell
         self._at_once = at_once
+        self._bar: Progress | None = None
 
     def run(self) -> None:
         """Do it to all of them, as far as it can be done."""
-        with (
-            ThreadPoolExecutor(self._at_once, thread_name_prefix="database") as pool,
-            _progress(len(self._names)) as on,
-        ):
+        with ThreadPoolExecutor(self._at_once, thread_name_prefix="database") as pool, self._progress() as on:
             futures = {name: pool.submit(self._work, name) for name in self._names}
             for future in futures.values():
                 future.add_done_callback(on)
@@ -169,11 +167,18 @@ class Fleet(Generic[_ResultT]):
                     except KeyboardInterrupt:
                         self._interrupt(futures)
 
+    def say(self, line: str, *, err: bool = False) -> None:
+        """Print a line; where there is a bar, above it."""
+        if self._bar is not None and (sys.stderr if err else sys.stdout).isatty():
+            self._bar.console.print(plain(line), soft_wrap=True)
+        else:
+            click.echo(line, err=err)
+
     def on_wait(self, line: str) -> None:
         """For :func:`cdc.installer.migrate`: say it, unless there is to be no other attempt."""
         if self.interrupted:
             raise InstallError("interrupted while it waited for a lock; nothing was changed")
-        click.echo(line, err=True)
+        self.say(line, err=True)
 
     def failures(self, app: App) -> dict[str, str]:
         """Database → why nothing came of it, and what to do."""
@@ -182,14 +187,14 @@ class Fleet(Generic[_ResultT]):
         }
 
     def conclude(self, failed: Mapping[str, str], done: str, left: str) -> None:
-        """Say on stderr what failed and, if anything did, what has become of each database.
+        """Say on stderr what failed and, if anything did or it was interrupted, what has become of each database.
 
         Raises:
             SystemExit: interrupted.
         """
         for name in self.errors:
             click.echo(f"error: {name}: {failed[name]}", err=True)
-        if failed and (len(self._names) > 1 or self.interrupted):
+        if self.interrupted or (failed and len(self._names) > 1):
             width = max(map(len, self._names))
             for name in self._names:
                 state = done if name in self.results else left if name in self.errors else _NOT_BEGUN
@@ -213,44 +218,49 @@ class Fleet(Generic[_ResultT]):
     def _interrupt(self, futures: Mapping[str, Future[_ResultT]]) -> None:
         if self.interrupted:
             under_way = [name for name, future in futures.items() if not future.done()]
-            click.echo(
+            self.say(
                 f"error: left at once: {', '.join(under_way)}: done, or as it was (run this again to be sure)", err=True
             )
+            if self._bar is not None:
+                self._bar.stop()  # which shows the cursor again
             # The threads would be waited for. Nobody waits for the server: it undoes what was not committed.
             sys.stdout.flush()
             os._exit(EXIT_INTERRUPTED)
         self.interrupted = True
         for future in futures.values():
             future.cancel()
-        click.echo("interrupted: finishing what is under way; once more to leave at once", err=True)
+        self.say("interrupted: finishing what is under way; once more to leave at once", err=True)
 
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Callable[[object], None]]:
+        """Show how far it has come: a bar where somebody watches, now and then a line elsewhere.
 
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[object], None]]:
-    """How far it has come: a bar where somebody watches, now and then a line elsewhere.
+        Yields:
+            what to call for each database that is through, from any thread.
+        """
+        total = len(self._names)
+        if total > 1 and sys.stderr.isatty():
+            columns = (TextColumn("databases"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            console = Console(stderr=True, highlight=False)
+            # Lines go through say(): what click prints would not be caught.
+            with Progress(
+                *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+            ) as bar:
+                self._bar = bar
+                task = bar.add_task("", total=total)
+                yield lambda _: bar.advance(task)
+                self._bar = None
+            return
+        through, lock = 0, threading.Lock()
 
-    Yields:
-        what to call for each database that is through, from any thread.
-    """
-    if total > 1 and sys.stderr.isatty():
-        columns = (TextColumn("databases"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # What is printed meanwhile goes above the bar; but a pipe is none of the terminal's business.
-        with Progress(
-            *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
-        ) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda _: bar.advance(task)
-        return
-    through, lock = 0, threading.Lock()
+        def on(_: object) -> None:
+            nonlocal through
+            with lock:
+                through += 1
+                if through % NEWS == 0:
+                    click.echo(f"{through} of {total} databases", err=True)
 
-    def on(_: object) -> None:
-        nonlocal through
-        with lock:
-            through += 1
-            if through % NEWS == 0:
-                click.echo(f"{through} of {total} databases", err=True)
-
-    yield on
+        yield on
 
 
 def _with_cure(app: App, name: str, error: CdcError) -> str:
@@ -281,7 +291,7 @@ def _show_plan(app: App, places: dict[str, Place], names: list[str], *, as_json:
     def tell(planned: tuple[str, list[Step]]) -> None:
         name, steps = planned
         for line in [] if as_json else [_line(step) for step in steps] or ["nothing to do"]:
-            click.echo(f"{name}: {line}")
+            fleet.say(f"{name}: {line}")
 
     fleet = Fleet(names, work, tell)
     fleet.run()

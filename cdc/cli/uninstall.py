@@ -44,7 +44,7 @@ def _tell_losses(places: dict[str, Place], names: list[str]) -> None:
     def tell(found: tuple[str, list[str]]) -> None:
         name, lost = found
         for what in lost:
-            click.echo(f"{name}: to be lost: {what}", err=True)
+            fleet.say(f"{name}: to be lost: {what}", err=True)
 
     # What cannot be looked at cannot be uninstalled either, and that is where its error is told.
     fleet = Fleet(names, work, tell)
@@ -60,7 +60,7 @@ def _uninstall_all(app: App, places: dict[str, Place], names: list[str], *, forc
     def tell(done: tuple[str, list[Change]]) -> None:
         name, changes = done
         for line in [f"{change.subject}: {change.what}" for change in changes] or ["cdc is not installed"]:
-            click.echo(f"{name}: {line}")
+            fleet.say(f"{name}: {line}")
 
     # One after the other: of two that end together, each would leave the roles to the other.
     fleet = Fleet(names, work, tell, at_once=1)

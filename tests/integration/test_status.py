@@ -139,7 +139,7 @@ def test_a_served_idle_sink_is_running_with_nothing_pending_and_no_lag(shop: Sho
 def test_a_healthy_database_is_summed_up_in_one_line(shop: Shop, served: Outbox) -> None:
     served.set_state("running")
     lines = shop.text().splitlines()
-    assert lines[-1].startswith("shop: revision 0002, not armed, outbox ")
+    assert lines[-1].startswith(f"shop: revision {installer.head()}, not armed, outbox ")
     assert lines[-1].endswith("KiB, no drift")
     state = shop.json()["shop"]
     assert (state["state"], state["error"], state["drift"], state["problems"]) == ("ok", None, 0, [])
@@ -151,7 +151,7 @@ def test_the_bell_is_armed_while_a_listener_holds_its_lock(shop: Shop) -> None:
     assert shop.json()["shop"]["armed"] is False
     shop.cursor.execute("select pg_advisory_lock(6513763, 1)")
     assert shop.json()["shop"]["armed"] is True
-    assert "revision 0002, armed, " in shop.text()
+    assert f"revision {installer.head()}, armed, " in shop.text()
 
 
 def test_a_writer_that_stays_silent_does_not_look_armed(shop: Shop) -> None:
