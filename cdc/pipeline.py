@@ -47,7 +47,8 @@ from cdc.errors import (
     SinkDisabled,
     TransientFailure,
 )
-from cdc.event import Event, Op, join_object, split_row
+from cdc.event import Event
+from cdc.lanes import Table, reach
 from cdc.options import SinkOptions
 from cdc.outbox import Batch, Outbox, Owner, Unreadable, join_process
 from cdc.retry import keep_alive, retrying
@@ -290,8 +291,8 @@ class Pipeline(threading.Thread):
         return []
 
     def _sort_out(self, outbox: Outbox, batch: list[Event], error: PartialFailure) -> list[Event]:
-        held: dict[tuple[str, str], set[str]] = {}  # table → keys that wait
-        closed: set[tuple[str, str]] = set()  # tables of which an event without a key waits
+        held: dict[Table, set[str]] = {}  # table → keys that wait
+        closed: set[Table] = set()  # tables of which an event without a key waits
         again: list[Event] = []
         transient: TransientFailure | None = None
         for index, event in enumerate(batch):
@@ -299,7 +300,7 @@ class Pipeline(threading.Thread):
             if isinstance(failure, PermanentFailure):
                 self._give_up(outbox, event, failure)
                 continue
-            table, keys = _reach(event)
+            table, keys = reach(event)
             waits = table in closed or (table in held and (not keys or not keys.isdisjoint(held[table])))
             if isinstance(failure, TransientFailure):
                 transient = failure
@@ -421,15 +422,3 @@ class Pipeline(threading.Thread):
 def _now() -> float:
     """Seconds by a clock that goes on while the process is stopped and while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _reach(event: Event) -> tuple[tuple[str, str], set[str]]:
-    """What must stay in order with an event: its table, and its key before and after; no key: all of the table."""
-    table = (event.source.schema_name, event.source.table)
-    if event.key is None:
-        return table, set()
-    keys = {event.key.raw}
-    if event.op is Op.UPDATE and event.before is not None:
-        was = split_row(event.before.raw)
-        keys.add(join_object({name: was.get(name, value) for name, value in split_row(event.key.raw).items()}))
-    return table, keys

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from cdc.event import Event
+from cdc.encoding import Encoder
 from cdc.options import SinkOptions
 from cdc.sinks.base import Sink
 from cdc.sinks.file import FileSink
@@ -22,6 +21,6 @@ def option_models() -> dict[str, type[SinkOptions]]:
     return {kind: sink.Options for kind, sink in SINKS.items()}
 
 
-def create(name: str, options: SinkOptions, encode: Callable[[Event], str]) -> Sink[Any]:
-    """A new, unopened sink for these options, writing events with `encode`."""
-    return SINKS[options.type](name, options, encode)
+def create(name: str, options: SinkOptions, encoder: Encoder) -> Sink[Any]:
+    """A new, unopened sink for these options, writing events with `encoder`."""
+    return SINKS[options.type](name, options, encoder)

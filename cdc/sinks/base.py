@@ -15,9 +15,10 @@ order are the pipeline's business.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Generic, TypeVar
 
+from cdc.encoding import Encoder
 from cdc.event import Event
 from cdc.options import SinkOptions
 
@@ -33,16 +34,16 @@ class Sink(ABC, Generic[OptionsT]):
 
     Options: ClassVar[type[SinkOptions]]
 
-    def __init__(self, name: str, options: OptionsT, encode: Callable[[Event], str] = Event.to_json) -> None:
+    def __init__(self, name: str, options: OptionsT, encoder: Encoder | None = None) -> None:
         """
         Args:
             name: the sink's name in the configuration.
             options: its validated configuration.
-            encode: writes an event in the sink's format.
+            encoder: the sink's format; the native one by default.
         """
         self.name = name
         self.options = options
-        self.encode = encode
+        self.encoder = encoder or Encoder()
 
     def open(self) -> None:
         """Get ready. Called before the first batch, and again after :meth:`close`.

@@ -29,24 +29,23 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import AfterValidator
 
 from cdc import crashpoints
+from cdc.encoding import Encoder
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
 from cdc.options import SinkOptions
 from cdc.sinks.base import Sink
+from cdc.template import ROUTE, Template, checked
 
-_PLACEHOLDERS = ("database", "schema", "table", "op")
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _OPEN_FILES = 64
 # What no later attempt with the same name will mend.
 _HOPELESS = (errno.ENAMETOOLONG, errno.EINVAL)
@@ -74,27 +73,20 @@ _UNFINISHED = "it ends in half a line, and a process that holds its lock does no
 log = logging.getLogger(__name__)
 
 
+def _file_path(path: str) -> str:
+    if not path or path.endswith("/"):
+        raise ValueError("not a file path (write something like ./out/{table}.jsonl)")
+    if "\0" in path:
+        raise ValueError("a file path cannot hold a NUL character (leave it out)")
+    return path
+
+
 class FileOptions(SinkOptions):
     """Options of a ``file`` sink."""
 
     type: Literal["file"]
-    path: str
+    path: Annotated[str, AfterValidator(_file_path), checked(*ROUTE)]
     """Where to append; ``{database}``, ``{schema}``, ``{table}`` and ``{op}`` stand for the event's own."""
-
-    @field_validator("path")
-    @classmethod
-    def _known_placeholders(cls, path: str) -> str:
-        known = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
-        if not path or path.endswith("/"):
-            raise ValueError("not a file path (write something like ./out/{table}.jsonl)")
-        if "\0" in path:
-            raise ValueError("a file path cannot hold a NUL character (leave it out)")
-        for name in _PLACEHOLDER.findall(path):
-            if name not in _PLACEHOLDERS:
-                raise ValueError(f"a placeholder that does not exist (known: {known})")
-        if set("{}") & set(_PLACEHOLDER.sub("", path)):
-            raise ValueError(f"a brace without its partner (placeholders: {known})")
-        return path
 
 
 class FileSink(Sink[FileOptions]):
@@ -102,17 +94,18 @@ class FileSink(Sink[FileOptions]):
 
     Options = FileOptions
 
-    def __init__(self, name: str, options: FileOptions, encode: Callable[[Event], str] = Event.to_json) -> None:
-        super().__init__(name, options, encode)
+    def __init__(self, name: str, options: FileOptions, encoder: Encoder | None = None) -> None:
+        super().__init__(name, options, encoder)
+        self._path = Template(options.path, _file_name)
         self._files: OrderedDict[str, _LineFile] = OrderedDict()
 
     def deliver(self, batch: Sequence[Event]) -> None:
         by_path: dict[str, list[int]] = {}
         for index, event in enumerate(batch):
-            by_path.setdefault(self._path(event), []).append(index)
+            by_path.setdefault(self._path.fill(event), []).append(index)
         failures: dict[int, TransientFailure | PermanentFailure] = {}
         for path, indexes in by_path.items():
-            lines = "".join(self.encode(batch[index]) + "\n" for index in indexes)
+            lines = "".join(self.encoder.encode(batch[index]) + "\n" for index in indexes)
             try:
                 # A lone surrogate inside a json column is legal JSON only as an escape, so this cannot fail on one.
                 self._file(path).append(lines.encode())
@@ -125,15 +118,6 @@ class FileSink(Sink[FileOptions]):
     def close(self) -> None:
         while self._files:
             self._files.popitem()[1].close()
-
-    def _path(self, event: Event) -> str:
-        parts = {
-            "database": event.source.database,
-            "schema": event.source.schema_name,
-            "table": event.source.table,
-            "op": event.op.value,
-        }
-        return _PLACEHOLDER.sub(lambda found: _file_name(parts[found[1]]), self.options.path)
 
     def _file(self, path: str) -> _LineFile:
         if path not in self._files:

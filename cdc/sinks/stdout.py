@@ -25,7 +25,7 @@ class StdoutSink(Sink[StdoutOptions]):
 
     def deliver(self, batch: Sequence[Event]) -> None:
         try:
-            sys.stdout.write("".join(self.encode(event) + "\n" for event in batch))
+            sys.stdout.write("".join(self.encoder.encode(event) + "\n" for event in batch))
             sys.stdout.flush()
         except BrokenPipeError:
             raise SinkDisabled("standard output is closed (the program reading it has ended)") from None

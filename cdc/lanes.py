@@ -1,0 +1,57 @@
+"""What must stay in order: the events of one key, and all of a table where an event of it has no key.
+
+An update that changes its key belongs to both keys. A lane is a set of events that are tied to each other, directly or
+through others; events of different lanes may be delivered side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cdc.event import Event, Op, join_object, split_row
+
+Table = tuple[str, str, str]
+"""Database, schema and name."""
+
+
+def reach(event: Event) -> tuple[Table, frozenset[str]]:
+    """What must stay in order with an event: its table, and its key before and after; no key: all of the table."""
+    table = (event.source.database, event.source.schema_name, event.source.table)
+    if event.key is None:
+        return table, frozenset()
+    keys = {event.key.raw}
+    if event.op is Op.UPDATE and event.before is not None:
+        was = split_row(event.before.raw)
+        keys.add(join_object({name: was.get(name, value) for name, value in split_row(event.key.raw).items()}))
+    return table, frozenset(keys)
+
+
+def lanes(batch: Sequence[Event]) -> list[list[int]]:
+    """Split a batch into lanes: lists of indexes, ascending in each, the lanes in the order in which they begin."""
+    parent = list(range(len(batch)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    last_of_key: dict[tuple[Table, str], int] = {}
+    keys_of_table: dict[Table, set[str]] = {}
+    barrier: dict[Table, int] = {}  # the last event without a key
+    for index, event in enumerate(batch):
+        table, keys = reach(event)
+        tied = [barrier[table]] if table in barrier else []
+        for key in keys or keys_of_table.get(table, set()):
+            if (table, key) in last_of_key:
+                tied.append(last_of_key[table, key])
+        if keys:
+            keys_of_table.setdefault(table, set()).update(keys)
+            last_of_key.update(((table, key), index) for key in keys)
+        else:
+            barrier[table] = index
+        for other in tied:
+            parent[root(other)] = root(index)
+    found: dict[int, list[int]] = {}
+    for index in range(len(batch)):
+        found.setdefault(root(index), []).append(index)
+    return list(found.values())

@@ -1,0 +1,96 @@
+"""Names made of an event: paths, topics, subjects, routing keys, headers.
+
+``{database}``, ``{schema}``, ``{table}`` and ``{op}`` stand for the event's own in every template. Where a sink allows
+it, so do ``{id}``, ``{key}`` (the key as JSON) and ``{key.COLUMN}`` (one column of it, text without its quotes).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from pydantic import AfterValidator
+
+from cdc.errors import PermanentFailure
+from cdc.event import Event, split_row
+
+ROUTE: Final = ("database", "schema", "table", "op")
+"""Placeholders that say where an event comes from."""
+CONTENT: Final = ("id", "key", "key.COLUMN")
+"""Placeholders that say which row it is about."""
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_CACHED = 10_000
+
+
+def checked(*names: str) -> AfterValidator:
+    """For ``Annotated[str, checked(*ROUTE)]``: a template that uses only these placeholders."""
+    known = ", ".join(f"{{{name}}}" for name in names)
+
+    def check(text: str) -> str:
+        for name in _PLACEHOLDER.findall(text):
+            if name not in names and not (
+                "key.COLUMN" in names and name.startswith("key.") and len(name) > len("key.")
+            ):
+                raise ValueError(f"a placeholder that does not exist (known: {known})")
+        if set("{}") & set(_PLACEHOLDER.sub("", text)):
+            raise ValueError(f"a brace without its partner (placeholders: {known})")
+        return text
+
+    return AfterValidator(check)
+
+
+class Template:
+    """A checked template, ready to be filled in."""
+
+    def __init__(self, text: str, quote: Callable[[str], str] = str) -> None:
+        """
+        Args:
+            text: what :func:`checked` has let through.
+            quote: applied to whatever is filled in, so that a name from the database says only what it is.
+        """
+        self._text = text
+        self._quote = quote
+        self._by_route = all(name in ROUTE for name in _PLACEHOLDER.findall(text))
+        self._cache: dict[tuple[str, str, str, str], str] = {}
+
+    def fill(self, event: Event) -> str:
+        """The name for an event.
+
+        Raises:
+            PermanentFailure: the event has no such key column.
+        """
+        if not self._by_route:
+            return self._fill(event)
+        source = event.source
+        route = (source.database, source.schema_name, source.table, event.op.value)
+        found = self._cache.get(route)
+        if found is None:
+            if len(self._cache) >= _CACHED:
+                self._cache.clear()
+            found = self._cache[route] = self._fill(event)
+        return found
+
+    def _fill(self, event: Event) -> str:
+        return _PLACEHOLDER.sub(lambda found: self._quote(_value(event, found[1])), self._text)
+
+
+_VALUES: Final[Mapping[str, Callable[[Event], str]]] = {
+    "database": lambda event: event.source.database,
+    "schema": lambda event: event.source.schema_name,
+    "table": lambda event: event.source.table,
+    "op": lambda event: event.op.value,
+    "id": lambda event: event.id,
+    "key": lambda event: "null" if event.key is None else event.key.raw,
+}
+
+
+def _value(event: Event, name: str) -> str:
+    if name in _VALUES:
+        return _VALUES[name](event)
+    column = name.removeprefix("key.")
+    if event.key is None or column not in event.key:
+        raise PermanentFailure(f"the event has no key column {column}, which a template asks for")
+    value = event.key[column]
+    return value if isinstance(value, str) else split_row(event.key.raw)[column]
