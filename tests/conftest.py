@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -36,6 +37,12 @@ INITDB = ("--encoding=UTF8", "--locale=C")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--dsn", help="libpq dsn of a superuser to test with (default: an embedded server)")
     parser.addoption("--bindir", type=Path, help="where postgres and initdb are, in place of the embedded ones")
+
+
+def pytest_configure() -> None:
+    # A shell starts what runs in the background with SIGINT ignored, and so would every process of ours be.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
