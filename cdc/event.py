@@ -270,8 +270,13 @@ def format_timestamp(moment: datetime) -> str:
 
 
 def _raw(value: Json | None) -> str:
-    if value is None:
-        return "null"
-    # A column of type json keeps the line breaks it was written with. Inside a JSON string a raw line break is
-    # illegal, so every one found here is white space between tokens, and one event stays one line.
-    return value.raw.replace("\n", " ").replace("\r", " ")
+    return "null" if value is None else one_line(value.raw)
+
+
+def one_line(text: str) -> str:
+    """JSON text without line breaks.
+
+    A column of type json keeps those it was written with. Inside a JSON string a raw line break is illegal, so every
+    one found here is white space between tokens.
+    """
+    return text.replace("\n", " ").replace("\r", " ")

@@ -1,21 +1,20 @@
 """The book, read: batches of events in an order that loses and reorders nothing, and where each sink stands.
 
 The reading itself is one SQL function, ``cdc.next_batch`` (see the migration, and docs/design.md for why the window
-between two snapshots is the only right one). This side turns its rows into events: the outbox keeps both images of a
-changed row as PostgreSQL wrote them, and the difference is taken here, on the text, so that no digit can get lost and
-the writer does not pay for it.
+between two snapshots is the only right one); :mod:`cdc.decoding` makes events of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 from cdc.connection import Connection
+from cdc.decoding import CapturedTable, Decoder, Unreadable
 from cdc.errors import CdcError, Fenced, TooSlow
-from cdc.event import Event, Image, Json, Op, join_object, quote, split_row
+from cdc.event import Event
 from cdc.sql import QUERIES
 
 LEASE = 5.0
@@ -32,29 +31,6 @@ ELSEWHERE_CURE = (
     "was the database restored from a dump? run cdc rebase: what the sinks had not delivered is delivered, some of it "
     "again"
 )
-
-_OPS = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE}
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedTable:
-    """How a table was captured when an event of it was recorded."""
-
-    relation: int
-    schema: str
-    table: str
-    key: tuple[str, ...] | None
-    image: Literal["diff", "full"]
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """An outbox row that is not a valid event, although only our trigger may write there."""
-
-    id: str
-    seq: int
-    text: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +92,7 @@ class Outbox:
         self._owner = owner
         self._epoch: int | None = None
         self._tables: dict[int, CapturedTable] = {}
+        self._decoder = Decoder(database, self._table, self._primary_key)
 
     def claim(self, *, start: str) -> Claim | None:
         """Become the one who serves the sink: a lock of this session, and an epoch that fences off everybody else.
@@ -173,7 +150,7 @@ class Outbox:
         if not rows:
             return None
         size = sum(_byte_length(row[5]) + _byte_length(row[6]) for row in rows)
-        return Batch([self._decode(row) for row in rows], rows[-1][0], len(rows) >= events or size >= bytes_)
+        return Batch(self._decoder.decode(rows), rows[-1][0], len(rows) >= events or size >= bytes_)
 
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""
@@ -201,49 +178,7 @@ class Outbox:
         if not self._connection.query(query, parameters, deadline=deadline):
             raise Fenced(f"sink {self._sink} is served by another daemon")
 
-    # -- rows to events -----------------------------------------------------------------------------------------
-
-    def _decode(self, row: tuple[Any, ...]) -> Event | Unreadable:
-        seq, txid, at, table_id, op, old, new, context = row
-        event_id = f"{self._database}-{seq}-{at.translate(_DIGITS_ONLY)}"
-        try:
-            table = self._table(table_id)
-            truncated = op.isupper()
-            was = split_row(old) if old is not None else None
-            is_ = split_row(new) if new is not None else None
-            if truncated:
-                before, after, changed = None, None, None
-            elif op == "u" and was is not None and is_ is not None:
-                before, after, changed = difference(was, is_)
-                if table.image == "full":
-                    before, after = old, new
-            else:
-                before, after, changed = old, new, None
-            return Event.model_validate(
-                {
-                    "id": event_id,
-                    "op": _OPS[op.lower()],
-                    "source": {
-                        "database": self._database,
-                        "schema": table.schema,
-                        "table": table.table,
-                        "seq": seq,
-                        "txid": int(txid),
-                        "ts": datetime.fromisoformat(at),
-                    },
-                    "key": self._key(table, is_ or was),
-                    "before": None if before is None else Image(before),
-                    "after": None if after is None else Image(after),
-                    "changed": changed,
-                    "context": as_json(context),
-                    "truncated": truncated,
-                }
-            )
-        except (ValueError, LookupError) as error:
-            # pydantic's own text would quote the row.
-            reason = f"not a valid event: {type(error).__name__}"
-            text = f'{{"seq":{seq},"old_row":{old or "null"},"new_row":{new or "null"}}}'
-            return Unreadable(event_id, seq, text, reason)
+    # -- what decoding asks for ---------------------------------------------------------------------------------
 
     def _table(self, table_id: int) -> CapturedTable:
         if table_id not in self._tables:
@@ -253,16 +188,11 @@ class Outbox:
             }
         return self._tables[table_id]
 
-    def _key(self, table: CapturedTable, image: Mapping[str, str] | None) -> Image | None:
-        if table.key is None or image is None:
-            return None
-        columns: Sequence[str] = table.key
-        if any(column not in image for column in columns):
-            # A key column was renamed since the trigger was made: what the catalogue says now is the best there is.
-            columns = self._connection.query(QUERIES["primary_key"], {"relation": table.relation})[0][0] or ()
-            if not columns or any(column not in image for column in columns):
-                return None
-        return Image(join_object({column: image[column] for column in columns}))
+    def _primary_key(self, table: CapturedTable) -> Sequence[str]:
+        columns: Sequence[str] | None = self._connection.query(QUERIES["primary_key"], {"relation": table.relation})[0][
+            0
+        ]
+        return columns or ()
 
 
 def _byte_length(text: str | None) -> int:
@@ -270,31 +200,6 @@ def _byte_length(text: str | None) -> int:
     if text is None:
         return 0
     return len(text) if text.isascii() else len(text.encode())
-
-
-_DIGITS_ONLY = str.maketrans("", "", "-:.TZ")
-
-
-def difference(was: Mapping[str, str], is_: Mapping[str, str]) -> tuple[str, str, tuple[str, ...]]:
-    """What two images of one row differ in: the columns before, after, and their names.
-
-    Columns are compared as text, the way PostgreSQL wrote them: what looks the same is the same.
-    """
-    changed = tuple([name for name, value in is_.items() if was.get(name) != value])
-    before = join_object({name: was[name] for name in changed if name in was})
-    return before, join_object({name: is_[name] for name in changed}), changed
-
-
-def as_json(context: str | None) -> Json | None:
-    """The application's cdc.context; text that is not JSON travels as a JSON string."""
-    if context is None:
-        return None
-    value = Json(context)
-    try:
-        _ = value.value
-    except (ValueError, RecursionError):
-        return Json(quote(context))
-    return value
 
 
 # -- what needs no sink -----------------------------------------------------------------------------------------

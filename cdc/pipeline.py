@@ -36,6 +36,7 @@ from typing import Any
 from cdc import crashpoints
 from cdc.bell import HEARTBEAT, Bell, Sleeper
 from cdc.connection import Connection
+from cdc.decoding import Unreadable
 from cdc.errors import (
     CdcError,
     DatabaseError,
@@ -50,7 +51,7 @@ from cdc.errors import (
 from cdc.event import Event
 from cdc.lanes import Table, reach
 from cdc.options import SinkOptions
-from cdc.outbox import Batch, Outbox, Owner, Unreadable, join_process
+from cdc.outbox import Batch, Outbox, Owner, join_process
 from cdc.retry import keep_alive, retrying
 from cdc.sinks.base import Sink
 

@@ -80,7 +80,7 @@ class _SeqReader(_CorrectReader):
         return self._decode(rows)
 
     def _decode(self, rows: list[tuple[object, ...]]) -> list[Event]:
-        events = [self._outbox._decode(row) for row in rows]  # the rule is wrong, not the decoding
+        events = [*self._outbox._decoder.decode(rows)]  # the rule is wrong, not the decoding
         return [event for event in events if isinstance(event, Event)]
 
 

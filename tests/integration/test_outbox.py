@@ -15,9 +15,10 @@ from psycopg2.extensions import connection
 
 from cdc import outbox
 from cdc.connection import Connection
+from cdc.decoding import Unreadable
 from cdc.errors import DatabaseUnreachable, Fenced
 from cdc.event import Event, Op
-from cdc.outbox import Batch, Outbox, Owner, Unreadable
+from cdc.outbox import Batch, Outbox, Owner
 
 PLENTY = 1 << 40
 TURN = 1 << 24

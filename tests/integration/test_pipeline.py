@@ -15,10 +15,11 @@ from psycopg2.extensions import connection
 from cdc import pipeline
 from cdc.bell import Bell
 from cdc.cli.logs import JsonFormatter, TextFormatter
+from cdc.decoding import Decoder
 from cdc.errors import PartialFailure, PermanentFailure, SinkDisabled, TransientFailure
 from cdc.event import Event, Op
 from cdc.options import BatchOptions, SinkOptions
-from cdc.outbox import Outbox, Owner
+from cdc.outbox import Owner
 from cdc.pipeline import Pipeline
 from cdc.sinks.base import Sink
 
@@ -617,15 +618,15 @@ def test_an_unreadable_row_becomes_a_dead_letter_and_the_rest_goes_on(
 def test_a_bug_in_reading_does_not_end_the_thread(
     shop: connection, prepare: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]
 ) -> None:
-    real = Outbox._decode
+    real = Decoder.decode
     bugs = [ArithmeticError(SECRET), RuntimeError(SECRET)]
 
-    def decode(self: Outbox, row: tuple[Any, ...]) -> Any:
-        if bugs:
+    def decode(self: Decoder, rows: Sequence[tuple[Any, ...]]) -> Any:
+        if rows and bugs:
             raise bugs.pop()
-        return real(self, row)
+        return real(self, rows)
 
-    monkeypatch.setattr(Outbox, "_decode", decode)
+    monkeypatch.setattr(Decoder, "decode", decode)
     insert(shop, 1)
     run = prepare().start()
     wait_for(lambda: run.sink.delivered)

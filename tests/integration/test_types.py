@@ -25,8 +25,9 @@ import pytest
 from psycopg2 import sql
 
 from cdc.connection import Connection
+from cdc.decoding import Unreadable
 from cdc.event import Event
-from cdc.outbox import Outbox, Owner, Unreadable
+from cdc.outbox import Outbox, Owner
 
 if TYPE_CHECKING:
     from conftest import Server
