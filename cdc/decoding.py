@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cdc.event import Event, Image, Json, Op, Source, join_object, one_line, quote, split_row
+from cdc.event import Event, Image, Json, Op, Route, Source, join_object, one_line, quote, split_row
 
 Row = tuple[int, str, str, int, str, str | None, str | None, str | None]
 """seq, txid, captured_at, captured_table, op, old_row, new_row, context; as ``cdc.next_batch`` returns them."""
@@ -259,6 +259,13 @@ class RowEvent(Event):
         parts = self.__dict__
         value = parts[name] = make(parts)
         return value
+
+    @property
+    def route(self) -> Route:
+        """See :attr:`cdc.event.Event.route`."""
+        parts = self.__dict__
+        table = parts["_table"]
+        return (parts["_database"], table.schema, table.table, _OPS[parts["_row"][4].lower()])
 
     def complete(self) -> Event:
         """The same as a plain :class:`~cdc.event.Event`, for people's own code."""

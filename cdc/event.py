@@ -191,6 +191,10 @@ class _Model(BaseModel):
     )
 
 
+Route = tuple[str, str, str, Op]
+"""Database, schema, table and operation: what decides where an event goes."""
+
+
 class Source(_Model):
     """Where and when a change happened."""
 
@@ -225,6 +229,11 @@ class Event(_Model):
     context: Json | None
     truncated: bool = False
     """True when the images did not fit and were left out."""
+
+    @property
+    def route(self) -> Route:
+        """Where it comes from, and its operation."""
+        return (self.source.database, self.source.schema_name, self.source.table, self.op)
 
     @classmethod
     def from_json(cls, text: str) -> Event:

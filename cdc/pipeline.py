@@ -48,7 +48,7 @@ from cdc.errors import (
     SinkDisabled,
     TransientFailure,
 )
-from cdc.event import Event
+from cdc.event import Event, Route
 from cdc.lanes import Table, reach
 from cdc.options import SinkOptions
 from cdc.outbox import Batch, Outbox, Owner, join_process
@@ -101,6 +101,7 @@ class Pipeline(threading.Thread):
         self._owner = owner
         self._on_delivered = on_delivered
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
+        self._wanted: dict[Route, bool] = {}
         self._share = 1.0  # of a batch's limits, which a slow line may be too slow for
         self._heard_at = 0.0
         self._failed = 0  # ephemeral changes the sink did not take
@@ -225,9 +226,13 @@ class Pipeline(threading.Thread):
         return True
 
     def _wants(self, event: Event) -> bool:
-        source = event.source
-        # A notification may still carry the database's former name; which database it is, we know.
-        return self._options.wants(self.database, source.schema_name, source.table, event.op.value)
+        route = event.route
+        wanted = self._wanted.get(route)
+        if wanted is None:
+            # A notification may still carry the database's former name; which database it is, we know.
+            _, schema, table, op = route
+            wanted = self._wanted[route] = self._options.wants(self.database, schema, table, op.value)
+        return wanted
 
     # -- delivery -----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Final
 from pydantic import AfterValidator
 
 from cdc.errors import PermanentFailure
-from cdc.event import Event, split_row
+from cdc.event import Event, Route, split_row
 
 ROUTE: Final = ("database", "schema", "table", "op")
 """Placeholders that say where an event comes from."""
@@ -53,7 +53,7 @@ class Template:
         self._text = text
         self._quote = quote
         self._by_route = all(name in ROUTE for name in _PLACEHOLDER.findall(text))
-        self._cache: dict[tuple[str, str, str, str], str] = {}
+        self._cache: dict[Route, str] = {}
 
     def fill(self, event: Event) -> str:
         """The name for an event.
@@ -63,8 +63,7 @@ class Template:
         """
         if not self._by_route:
             return self._fill(event)
-        source = event.source
-        route = (source.database, source.schema_name, source.table, event.op.value)
+        route = event.route
         found = self._cache.get(route)
         if found is None:
             if len(self._cache) >= _CACHED:

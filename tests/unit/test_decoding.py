@@ -90,6 +90,7 @@ def test_an_event_of_a_row_is_the_event_that_its_json_says() -> None:
         assert repr(event) == repr(read)
         assert read.to_json() == event.to_json() == event.complete().to_json()
         assert type(event.complete()) is Event
+        assert event.route == read.route
         assert event.complete().model_dump() == read.model_dump()
 
 
