@@ -42,7 +42,16 @@ from typing import Any, Self, TypeVar
 import psycopg2
 import psycopg2.extensions as ext
 
-from cdc.errors import DatabaseError, DatabaseUnreachable, Fenced, NotInstalled, NotPrimary, TooSlow, WrongCluster
+from cdc.errors import (
+    DatabaseError,
+    DatabaseUnreachable,
+    Fenced,
+    NotInstalled,
+    NotPrimary,
+    TooSlow,
+    Undecodable,
+    WrongCluster,
+)
 
 OLDEST_SERVER = 14
 """Lowest major version this program works with."""
@@ -91,7 +100,14 @@ select pg_is_in_recovery(), pg_backend_pid(), count(set_config(name, value, fals
 
 # The message of 57014 says whether time was over or an administrator cancelled, but in the server's language. Both
 # mean: the server lives, the session is good, and it is worth doing again.
-_SQLSTATES_OF_THEIR_OWN: dict[str, type[DatabaseError]] = {"CDC01": Fenced, "CDC02": WrongCluster, "57014": TooSlow}
+# 22021 and 22P05 come from the conversion of an answer to UTF-8.
+_SQLSTATES_OF_THEIR_OWN: dict[str, type[DatabaseError]] = {
+    "CDC01": Fenced,
+    "CDC02": WrongCluster,
+    "57014": TooSlow,
+    "22021": Undecodable,
+    "22P05": Undecodable,
+}
 _SQLSTATE_FORBIDDEN = "42501"
 _SQLSTATES_NOT_INSTALLED = {"3F000", "42P01", "42883"}
 # Connection exceptions, operator intervention (shutdown, crash, starting up), too many connections.
@@ -264,6 +280,7 @@ class Connection:
             DatabaseUnreachable: the session is lost, or nothing came in time; it is closed.
             Fenced: another daemon owns the sink.
             WrongCluster: the sink's position was taken in another cluster.
+            Undecodable: the answer cannot be had as text; what the statement did may be done.
             NotInstalled: an object of schema cdc does not exist.
             DatabaseError: the server refused the statement.
         """
@@ -299,6 +316,12 @@ class Connection:
         return self._session.fileno()
 
     @property
+    def codec(self) -> str:
+        """The Python codec for bytes as they stand in the database; where it takes any, they should be UTF-8."""
+        encoding = self._session.info.parameter_status("server_encoding") or "SQL_ASCII"
+        return "utf_8" if encoding == "SQL_ASCII" else ext.encodings.get(encoding, "ascii")
+
+    @property
     def raw(self) -> ext.connection:
         """The psycopg2 connection, for libraries that want one."""
         return self._session
@@ -323,6 +346,8 @@ class Connection:
                 return cursor.fetchall() if cursor.description else []
         except (psycopg2.Error, DatabaseUnreachable) as error:
             raise self._translate(error) from None
+        except UnicodeDecodeError:
+            raise Undecodable("the answer holds bytes that are no characters") from None
 
     def _translate(self, error: Exception) -> DatabaseError:
         sqlstate = getattr(error, "pgcode", None) or ""

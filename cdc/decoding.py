@@ -42,6 +42,8 @@ _ROWS: Final = TypeAdapter(
     ]
 )
 
+NOT_TEXT: Final = "holds bytes that are no characters in the encoding of the database (UTF-8 where that is SQL_ASCII)"
+
 _OPS: Final = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE}
 _DIGITS_ONLY: Final = str.maketrans("", "", "-:.TZ")
 
@@ -113,6 +115,25 @@ class Decoder:
             except (ValueError, LookupError) as error:
                 events.append(self._unreadable(row, error))
         return events
+
+    def decode_bytes(self, row: tuple[Any, ...], codec: str) -> list[Event | Unreadable]:
+        """The event of a row whose texts are bytes, as one of a page is that could not be had as text.
+
+        Args:
+            row: as `Row`, with `bytes` for old_row, new_row and context.
+            codec: Python's name for the encoding of the database.
+        """
+        *head, old, new, context = row
+        images = [None if image is None else bytes(image) for image in (old, new)]
+        try:
+            texts = [None if image is None else image.decode(codec) for image in images]
+        except UnicodeDecodeError:
+            was, is_ = ("null" if image is None else f'"{image.hex()}"' for image in images)
+            text = f'{{"seq":{head[0]},"old_row_in_hex":{was},"new_row_in_hex":{is_}}}'
+            return [Unreadable(self._id(head[0], head[2]), head[0], text, NOT_TEXT)]
+        # What the application says of itself is no reason to keep the change from anybody.
+        said = None if context is None else bytes(context).decode(codec, "backslashreplace")
+        return self.decode([(*head, *texts, said)])
 
     def _read(self, row: Row) -> Event:
         seq, _, at, table_id, op, old, new, context = row

@@ -25,6 +25,8 @@ from cdc.sql import QUERIES
 NEWEST_SERVER = 18
 _AT_ONCE = 16
 
+REPLACED = "is not the one that cdc migrate has installed"
+
 Level = Literal["ok", "note", "warning", "error"]
 _ResultT = TypeVar("_ResultT")
 
@@ -128,7 +130,7 @@ class _Checkup:
         if not self._sinks:
             self._add("warning", "sinks", "no sink is fed from this database", "add it to a sink's `databases`")
         candidates = _candidates(connection)
-        self._tables(candidates)
+        self._tables(connection, candidates)
         captured = self._schema(connection, role, sees_all, candidates)
         if self._options.notify != "off" or connection.pooled:
             self._bell(connection, dsn)
@@ -142,9 +144,9 @@ class _Checkup:
     def _settings(self, connection: Connection, encoding: str, prepared: int, queue_usage: float) -> None:
         if encoding != "UTF8":
             reason = (
-                "the server takes any bytes, and events are UTF-8: one row that is not stops the sinks"
+                "the server takes any bytes, and events are UTF-8: a row that is not becomes a dead letter"
                 if encoding == "SQL_ASCII"
-                else "events are UTF-8: one character the server cannot convert stops the sinks"
+                else "events are UTF-8: a row with a character that has no counterpart there becomes a dead letter"
             )
             self._add("warning", "server_encoding", f"is {encoding}: {reason}", "recreate the database as UTF8")
         if prepared > 0 and self._options.notify != "off":
@@ -169,7 +171,7 @@ class _Checkup:
                 "end the session that listens and does not read; the server's log names its pid",
             )
 
-    def _tables(self, candidates: Sequence[_Candidate]) -> None:
+    def _tables(self, connection: Connection, candidates: Sequence[_Candidate]) -> None:
         for pattern in self._options.tables:
             if is_glob(pattern) and not any(c.plain and matches(pattern, c.schema, c.table) for c in candidates):
                 self._add("warning", f"tables.{pattern}", "matches no table", "correct it, or create the tables first")
@@ -181,6 +183,15 @@ class _Checkup:
                     candidate.name,
                     "has no primary key: its events carry no key, and no order is promised for the changes of a row",
                     "add one, or name the identifying columns under `key`",
+                )
+        wanted = {(candidate.schema, candidate.table) for candidate in _wanted(candidates, self._options)}
+        for schema, table, *child in connection.query(QUERIES["inheriting_tables"]):
+            if (schema, table) in wanted and tuple(child) not in wanted:
+                self._add(
+                    "note",
+                    f"{schema}.{table}",
+                    f"rows of {'.'.join(child)}, which inherits from it, are not captured with it",
+                    "name that table too",
                 )
 
     def _schema(
@@ -226,6 +237,8 @@ class _Checkup:
         return len(connection.query(QUERIES["captured"]))
 
     def _triggers(self, connection: Connection, candidates: Sequence[_Candidate]) -> None:
+        for name in installer.replaced_functions(connection):
+            self._add("error", f"function {name}", REPLACED, "run cdc migrate, which puts it back")
         drifts, problems = _drift(connection, self._options, candidates)
         disabled = _disabled(connection)
         for problem in problems:
@@ -275,7 +288,7 @@ class DatabaseStatus:
         revision: of schema cdc.
         outbox_held_by: sinks with events older than `retention` to deliver: the outbox cannot be given back before.
         notify_queue_usage: how full the cluster's notification queue is, 0 to 1.
-        drift: tables whose triggers are not what the configuration says.
+        drift: tables whose triggers are not what the configuration says, and functions that were replaced.
         problems: what needs somebody's attention, such as what keeps a table from being captured; a sentence each.
     """
 
@@ -354,6 +367,7 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
     lines = {name: SinkLine("new") for name in sinks if name not in known}
     lines |= {name: SinkLine(_shown_state(sink, configured=name in sinks), sink) for name, sink in known.items()}
     drifts, problems = _drift(connection, options, _candidates(connection))
+    replaced = installer.replaced_functions(connection)
     if moved := outbox.moved_sinks(connection):
         problems.append(f"{outbox.ELSEWHERE}: {', '.join(moved)} ({outbox.ELSEWHERE_CURE})")
     if (size := outbox.size(connection)) > options.outbox_alarm:
@@ -366,7 +380,7 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
         outbox_held_by=[name for name, sink in known.items() if sink.lag > options.retention],
         notify_queue_usage=outbox.queue_usage(connection),
         oldest_transaction=outbox.oldest_writer(connection),
-        drift=len(drifts),
+        drift=len(drifts) + len(replaced),
         problems=problems,
         sinks={name: lines[name] for name in sorted(lines)},
     )
@@ -496,14 +510,15 @@ def _drift(
 
 
 def find_drift(connection: Connection, options: DatabaseConfig) -> list[str]:
-    """Where the triggers of a database differ from the configuration, one sentence each, for the daemon.
+    """Where a database differs from what `cdc migrate` would make it, one sentence each, for the daemon.
 
     Raises:
         DatabaseError: see :meth:`cdc.connection.Connection.query`.
     """
     drifts, problems = _drift(connection, options, _candidates(connection))
     disabled = _disabled(connection)
-    return problems + [f"{drift.table}: {_told(drift, disabled)}" for drift in drifts]
+    replaced = [f"function {name}: {REPLACED}" for name in installer.replaced_functions(connection)]
+    return [*problems, *replaced, *(f"{drift.table}: {_told(drift, disabled)}" for drift in drifts)]
 
 
 def _disabled(connection: Connection) -> set[str]:

@@ -8,6 +8,7 @@ CdcError
 │   ├── DatabaseUnreachable    no connection, a lost one, or no answer in time; a new connection may heal it
 │   ├── NotPrimary             connected, but to a standby
 │   ├── TooSlow                the server is alive and did not finish in the time given
+│   ├── Undecodable            the answer holds bytes that are no characters
 │   ├── WrongCluster           a position was taken in another cluster and says nothing here
 │   ├── NotInstalled           connected, but the cdc schema is missing or of another revision
 │   └── Fenced                 another daemon has taken this pipeline over
@@ -65,6 +66,10 @@ class NotInstalled(DatabaseError):
 
 class TooSlow(DatabaseError):
     """The server did not finish in the time given; it is alive, and the session goes on."""
+
+
+class Undecodable(DatabaseError):
+    """The answer holds bytes that are no characters, or characters that UTF-8 has not; the session goes on."""
 
 
 class WrongCluster(DatabaseError):

@@ -65,7 +65,7 @@ def split_object(text: str) -> dict[str, str]:
     """Split a JSON object into its members, each value left as the text it was written in.
 
     Raises:
-        ValueError: `text` is not exactly one JSON object, or is nested too deeply to read.
+        ValueError: `text` is not exactly one JSON object.
     """
     members: dict[str, str] = {}
     try:
@@ -78,15 +78,16 @@ def split_object(text: str) -> dict[str, str]:
                 position = _skip(text, _expect(text, position, ","))
             name, position = scanstring(text, _expect(text, position, '"'))
             start = _skip(text, _expect(text, _skip(text, position), ":"))
-            _, end = _scanner.raw_decode(text, start)
+            try:
+                _, end = _scanner.raw_decode(text, start)
+            except RecursionError:
+                _, end = _read_deep(text, start, raw=True)
             members[name] = text[start:end]
             position = _skip(text, end)
         if _skip(text, position + 1) != len(text):
             raise ValueError("text after the JSON object")
     except IndexError:
         raise ValueError("the JSON object ends too early") from None
-    except RecursionError:
-        raise ValueError("the JSON object is nested too deeply") from None
     return members
 
 
@@ -113,6 +114,81 @@ def join_object(members: Mapping[str, str]) -> str:
     return "{" + ",".join([f"{quote(name)}:{value}" for name, value in members.items()]) + "}"
 
 
+_SCALAR = re.compile(r"true|false|null|(?P<whole>-?(?:0|[1-9][0-9]*))(?P<rest>(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)")
+_CONSTANTS = {"true": True, "false": False, "null": None}
+
+
+def _read_deep(text: str, position: int, *, raw: bool) -> tuple[Any, int]:
+    """One JSON value, however deeply it is nested, and where it ends.
+
+    Python's own decoder recurses, and gives up at some 950 levels; PostgreSQL takes what max_stack_depth allows, which
+    is thousands. This one is slower by far, and for such values only.
+
+    Args:
+        text: what holds the value.
+        position: where the value begins.
+        raw: make nothing of numbers.
+
+    Raises:
+        ValueError: not JSON.
+        IndexError: the text ends too early.
+    """
+    open_: list[Any] = []  # the arrays and objects around the value that comes next
+    names: list[str] = []  # under which name it, or what it is in, comes into an object
+    while True:
+        position = _skip(text, position)
+        value: Any
+        if text[position] in "[{":
+            is_object = text[position] == "{"
+            value = {} if is_object else []
+            position = _skip(text, position + 1)
+            if text[position] not in "]}":
+                open_.append(value)
+                if is_object:
+                    position = _read_name(text, position, names)
+                continue
+            position = _expect(text, position, "}" if is_object else "]")
+        else:
+            value, position = _read_scalar(text, position, raw=raw)
+        # Put it where it belongs, and so with whatever ends here.
+        while open_:
+            around = open_[-1]
+            is_object = isinstance(around, dict)
+            if is_object:
+                around[names.pop()] = value
+            else:
+                around.append(value)
+            position = _skip(text, position)
+            if text[position] == ",":
+                position = _skip(text, position + 1)
+                if is_object:
+                    position = _read_name(text, position, names)
+                break
+            position = _expect(text, position, "}" if is_object else "]")
+            value = open_.pop()
+        else:
+            return value, position
+
+
+def _read_scalar(text: str, position: int, *, raw: bool) -> tuple[Any, int]:
+    if text[position] == '"':
+        return scanstring(text, position + 1)  # type: ignore[no-any-return]  # see its import
+    found = _SCALAR.match(text, position)
+    if found is None:
+        raise ValueError(f"a value expected at character {position}")
+    if found["whole"] is None:
+        return _CONSTANTS[found[0]], found.end()
+    if raw:
+        return found[0], found.end()
+    return _fraction(found[0]) if found["rest"] else _whole(found[0]), found.end()
+
+
+def _read_name(text: str, position: int, names: list[str]) -> int:
+    name, position = scanstring(text, _expect(text, position, '"'))
+    names.append(name)
+    return _expect(text, _skip(text, position), ":")
+
+
 def _skip(text: str, position: int) -> int:
     return _WHITESPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches the empty text too
 
@@ -121,6 +197,21 @@ def _expect(text: str, position: int, character: str) -> int:
     if text[position] != character:
         raise ValueError(f"{character!r} expected at character {position}")
     return position + 1
+
+
+def _decode(text: str) -> Any:
+    """The one JSON value that a text is. Raises ValueError."""
+    try:
+        return _decoder.decode(text)
+    except RecursionError:
+        pass
+    try:
+        value, end = _read_deep(text, 0, raw=False)
+    except IndexError:
+        raise ValueError("the JSON value ends too early") from None
+    if _skip(text, end) != len(text):
+        raise ValueError("text after the JSON value")
+    return value
 
 
 class Json:
@@ -146,7 +237,7 @@ class Json:
         try:
             return self._value
         except AttributeError:
-            self._value = _decoder.decode(self.raw)
+            self._value = _decode(self.raw)
             return self._value
 
     def __eq__(self, other: object) -> bool:
@@ -250,7 +341,7 @@ class Event(_Model):
             elif name == "context":
                 fields[name] = None if raw == "null" else Json(raw)
             else:
-                fields[name] = _decoder.decode(raw)
+                fields[name] = _decode(raw)
         if isinstance(source := fields.get("source"), dict) and isinstance(source.get("ts"), str):
             source["ts"] = datetime.fromisoformat(source["ts"])
         if isinstance(fields.get("changed"), list):

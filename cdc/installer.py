@@ -1,8 +1,9 @@
 """Making a database equal to the configuration: schema, triggers, positions. Saying where it is not, and undoing it.
 
-One database, one transaction: Alembic to head, then the triggers of every table the YAML names (added, changed,
-removed), then a first position for every new sink. All of it or nothing. A position is taken together with the
-triggers, so that what is written between `cdc migrate` and the first `cdc run` is delivered too.
+One database, one transaction: functions that somebody has replaced are put back, Alembic to head, then the triggers of
+every table the YAML names (added, changed, removed), then a first position for every new sink. All of it or nothing. A
+position is taken together with the triggers, so that what is written between `cdc migrate` and the first `cdc run` is
+delivered too.
 
 Locks are asked for with a short lock_timeout: CREATE TRIGGER waits for writers of the table, and everybody else would
 queue up behind it. When it comes to nothing the transaction is rolled back and tried again a little later; after the
@@ -20,7 +21,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,10 @@ _ALEMBIC = threading.Lock()
 """Held by whoever runs revisions."""
 
 _TRIGGER_RIGHTS = (
-    "the migration role needs CREATE on the database, TRIGGER on every captured table, and CREATEROLE or, where "
-    "another role has made cdc_capture, cdc_nobody and cdc_reader, ADMIN on them (grant them, or set migrate_dsn to a "
-    "role that has them)"
+    "the migration role needs CREATE on the database, CREATEROLE or, where another role has made cdc_capture, "
+    "cdc_nobody and cdc_reader, ADMIN on them, and of every captured table USAGE on its schema and TRIGGER on it and "
+    "its partitions; to remove a trigger, or for always, it must own the table (grant them, or set migrate_dsn to a role "
+    "that has them)"
 )
 _REMOVAL_RIGHTS = (
     "the role that uninstalls must own schema cdc and the captured tables (set migrate_dsn to one that does)"
@@ -207,13 +209,13 @@ class _Migration:
         self.at = None
         with _transaction(connection) as transaction, connection.raw.cursor() as cursor:
             cursor.execute(BEGIN, {"lock_timeout": f"{LOCK_TIMEOUT:g}s"})
+            changes = [*self._restore_functions(cursor)]
             before = _revision(transaction)
             if self.upgrade is not None:
                 self.upgrade(transaction)
             elif before != head():
                 upgrade_to_head(transaction)
             after = _revision(transaction)
-            changes = []
             if before != after:
                 changes.append(Change("schema cdc", f"revision {before or 'none'} → {after or 'none'}"))
             if self.triggers and after == head():
@@ -221,10 +223,20 @@ class _Migration:
                 changes += [*self._reconcile(cursor), *self._register_sinks(cursor), *self._grant_reader(cursor)]
             return changes
 
+    def _restore_functions(self, cursor: ext.cursor) -> Iterator[Change]:
+        """Put back what somebody has replaced."""
+        cursor.execute("select to_regprocedure('cdc.restore_definitions()') is not null")
+        if cursor.fetchone() == (True,):
+            cursor.execute("select cdc.restore_definitions()")
+            for (name,) in cursor.fetchall():
+                yield Change(f"function {name}", "put back")
+
     def _reconcile(self, cursor: ext.cursor) -> Iterator[Change]:
         """Make the triggers equal to the configuration."""
         cursor.execute(QUERIES["candidate_tables"])
         targets = resolve(cursor.fetchall(), self.database)
+        # First: a table that has become a partition has a trigger in the way of its root's.
+        removed = [*self._remove_unwanted(cursor, {target.oid for target in targets})]
         for target in targets:
             self.at = (target.oid, target.name)
             try:
@@ -232,7 +244,10 @@ class _Migration:
             except (pg.WrongObjectType, pg.UndefinedColumn, pg.InvalidParameterValue) as error:
                 raise InstallError(first_line(error)) from None
             yield Change(target.name, _fetch_text(cursor))
-        wanted = {target.oid for target in targets}
+        self.at = None
+        yield from removed
+
+    def _remove_unwanted(self, cursor: ext.cursor, wanted: Collection[int]) -> Iterator[Change]:
         cursor.execute(QUERIES["captured"])
         for relation, schema, table in cursor.fetchall():
             if relation not in wanted:
@@ -342,9 +357,11 @@ def upgrade_script(revision: str | None) -> str:
     except CommandError as refusal:
         raise _unknown_revision(refusal) from None
     # A schema that was taken down has left its version table, empty.
-    return "create schema if not exists cdc;\n\n" + text.getvalue().replace(
+    script = text.getvalue().replace(
         "CREATE TABLE cdc.alembic_version", "CREATE TABLE IF NOT EXISTS cdc.alembic_version"
     )
+    script = script.encode("ascii", "replace").decode()  # its comments have more than the database's encoding may
+    return f"create schema if not exists cdc;\n\n{script}\nselect cdc.keep_definitions();\n"
 
 
 def _revision(transaction: SqlConnection) -> str | None:
@@ -503,6 +520,14 @@ def _in_the_way(watch: Connection, table: tuple[int, str] | None) -> str:
 
 
 # -- drift ------------------------------------------------------------------------------------------------------
+
+
+def replaced_functions(connection: Connection) -> list[str]:
+    """Functions of schema cdc that are not what the revisions have made. Raises as Connection.query."""
+    try:
+        return [row[0] for row in connection.query(QUERIES["replaced_functions"])]
+    except NotInstalled:  # or of a revision that does not keep account of them
+        return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -384,7 +384,7 @@ _DEFINITION = (
     r"CREATE TRIGGER \"00_cdc_\w+\" AFTER (?P<ops>\w+(?: OR \w+)*) ON {table} FOR EACH (?:ROW|STATEMENT)"
     r"(?: WHEN \((?P<condition>.*)\))? EXECUTE FUNCTION cdc\.capture\("
     r"'(?P<captured>[0-9]+)', '(?P<notify>\w+)', '(?P<channel>(?:[^']|'')*)', '(?P<notify_payload>\w+)'"
-    r"(?:, 'hidden')?\)"
+    r"(?:, '(?:hidden|virtual)?')?(?:, '[0-9a-f]+')?\)"
 )
 
 

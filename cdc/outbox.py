@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from cdc.connection import Connection
 from cdc.decoding import CapturedTable, Decoder, Unreadable
-from cdc.errors import CdcError, Fenced, TooSlow
+from cdc.errors import CdcError, Fenced, TooSlow, Undecodable
 from cdc.event import Event
 from cdc.sql import QUERIES
 
@@ -144,13 +144,29 @@ class Outbox:
             "bytes": bytes_,
         }
         try:
-            rows = self._connection.query(QUERIES["next_batch"], parameters)
-        except TooSlow:
-            rows = self._connection.query(QUERIES["next_batch"], parameters, deadline=PATIENCE)
+            rows = self._page("next_batch", parameters)
+        except Undecodable:
+            # The page is still to come, or comes again: nothing of it was acknowledged.
+            return self._batch_in_bytes(parameters, events=events, bytes_=bytes_)
         if not rows:
             return None
         size = sum(_byte_length(row[5]) + _byte_length(row[6]) for row in rows)
         return Batch(self._decoder.decode(rows), rows[-1][0], len(rows) >= events or size >= bytes_)
+
+    def _page(self, query: str, parameters: dict[str, object]) -> list[tuple[Any, ...]]:
+        try:
+            return self._connection.query(QUERIES[query], parameters)
+        except TooSlow:
+            return self._connection.query(QUERIES[query], parameters, deadline=PATIENCE)
+
+    def _batch_in_bytes(self, parameters: dict[str, object], *, events: int, bytes_: int) -> Batch | None:
+        """The next page where something in it is no text: that becomes unreadable, and nothing else does."""
+        rows = self._page("next_batch_in_bytes", parameters)
+        if not rows:
+            return None
+        found = [event for row in rows for event in self._decoder.decode_bytes(row, self._connection.codec)]
+        size = sum(len(image) for row in rows for image in row[5:7] if image is not None)
+        return Batch(found, rows[-1][0], len(rows) >= events or size >= bytes_)
 
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""

@@ -90,7 +90,12 @@ def plan(name: str, database: DatabaseConfig, *, dsn: str, reader_dsn: str, sink
     role = installer.daemon_role(dsn, reader_dsn)
     with Connection(dsn, purpose="plan") as connection:
         look = _Look(connection, name, database)
-        steps = [*look.schema(), *(step for _, step in look.tables() if step.what != "unchanged"), *look.sinks(sinks)]
+        steps = [
+            *look.functions(),
+            *look.schema(),
+            *(step for _, step in look.tables() if step.what != "unchanged"),
+            *look.sinks(sinks),
+        ]
         if connection.query(QUERIES["lacks_reader"], {"role": role}) == [(True,)]:
             steps.append(Step(f"role {role}", "granted cdc_reader"))
         return steps
@@ -139,6 +144,10 @@ class _Look:
         called = [] if self._revision is None else self._connection.query(QUERIES["installation_name"])
         if called and called[0][0] != self._name:
             yield Step("name in events", f"{called[0][0] or 'none'} → {self._name}")
+
+    def functions(self) -> Iterator[Step]:
+        for name in installer.replaced_functions(self._connection):
+            yield Step(f"function {name}", "put back")
 
     def tables(self) -> Iterator[tuple[str, Step]]:
         """The quoted name and the step of every table that is, or no longer is, to be captured."""
@@ -190,11 +199,14 @@ class _Look:
         yield _HEAD.format(name=_in_a_comment(self._name), before=before, head=self._head)
         yield "begin;\n" + self._sql(installer.BEGIN, {"lock_timeout": f"{installer.LOCK_TIMEOUT:g}s"})
         yield self._sql(_GUARD, {"revision": self._revision})
+        if any(self.functions()):
+            yield "-- functions of schema cdc that somebody has replaced\nselect cdc.restore_definitions();"
         if not self._at_head:
             yield f"-- schema cdc: revision {before} → {self._head}\n{self._upgrade}"
         yield "-- the name in events\n" + self._sql(QUERIES["name_installation"], {"name": self._name})
         targets = {self._facts[target.oid].quoted: target for target in self._targets}
-        for quoted, step in self.tables():
+        # In the way of a root's trigger is that of a table which has become its partition.
+        for quoted, step in sorted(self.tables(), key=lambda table: table[0] in targets):
             comment = f"-- {_in_a_comment(step.subject)}: {step.what}" + (f", {step.lock}" if step.lock else "")
             if quoted in targets:
                 statement = installer.enable_statement(self._connection, targets[quoted], self._database, quoted)

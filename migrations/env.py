@@ -11,11 +11,24 @@ The revision is kept in ``cdc.alembic_version``: the database may have an ``alem
 
 from __future__ import annotations
 
+from typing import Any
+
 import psycopg2
 from alembic import context
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
+
+KEEP_DEFINITIONS = """
+do $keep$
+begin
+  if to_regprocedure('cdc.keep_definitions()') is not null then
+    perform cdc.keep_definitions();
+  end if;
+end
+$keep$
+"""
+"""What the revisions have made of the functions is what they should be, whichever revision it was."""
 
 
 def run(connection: Connection) -> None:
@@ -23,7 +36,18 @@ def run(connection: Connection) -> None:
     if moves():
         connection.execute(text("create schema if not exists cdc"))
     context.configure(connection=connection, version_table_schema="cdc", transactional_ddl=False)
-    context.run_migrations()
+    event.listen(connection, "before_cursor_execute", in_ascii, retval=True)
+    try:
+        context.run_migrations()
+    finally:
+        event.remove(connection, "before_cursor_execute", in_ascii)
+    if moves():
+        connection.execute(text(KEEP_DEFINITIONS))
+
+
+def in_ascii(connection: Connection, cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    """A revision without the characters that its comments hold and the encoding of the database may not."""
+    return statement.encode("ascii", "replace").decode(), parameters
 
 
 def run_dsn(dsn: str) -> None:

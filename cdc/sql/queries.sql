@@ -45,6 +45,14 @@ select 1 from cdc.sink where name = %(sink)s and epoch = %(epoch)s;
 -- Acknowledge, and read on. The rows may be used once this has committed.
 select * from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
 
+-- name: next_batch_in_bytes
+-- The same where an image holds bytes that are no characters: as bytes, which nobody converts. (A backslash is what a
+-- cast to bytea would take for more than itself.)
+select seq, txid, captured_at, captured_table, op,
+       replace(old_row, E'\\', E'\\\\')::bytea, replace(new_row, E'\\', E'\\\\')::bytea,
+       replace(context, E'\\', E'\\\\')::bytea
+  from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
+
 -- name: acknowledge
 -- Acknowledge without reading on: the last word of a pipeline that stops. No row: another daemon serves the sink.
 update cdc.sink set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()
@@ -199,6 +207,11 @@ select state from cdc.capture_plan(%(relation)s::oid::regclass, %(ops)s, %(image
 -- The tables that carry our triggers.
 select relation::bigint, schema_name, table_name from cdc.captured order by schema_name, table_name;
 
+-- name: replaced_functions
+-- Functions that are no longer what the revisions have made of them.
+select d.name from cdc.definition d left join cdc.function f on f.name = d.name and f.hash = d.hash
+ where f.name is null order by d.name;
+
 -- name: in_the_way
 -- Who holds locks on a table, or on a partition of it, that a trigger cannot be made beside; longest first.
 select a.pid, coalesce(nullif(a.application_name, ''), a.usename, '?'), coalesce(a.state, '?'),
@@ -279,6 +292,7 @@ select w.privilege, w.kind || ' cdc' || coalesce('.' || w.object, '')
     ('usage', 'schema', null),
     ('select', 'table', 'alembic_version'), ('select', 'table', 'installation'),
     ('select', 'table', 'captured_table'), ('select', 'table', 'captured'),
+    ('select', 'table', 'definition'), ('select', 'table', 'function'),
     ('select', 'table', 'event'),
     ('select', 'table', 'event_0'), ('select', 'table', 'event_1'), ('select', 'table', 'event_2'),
     ('truncate', 'table', 'event_0'), ('truncate', 'table', 'event_1'), ('truncate', 'table', 'event_2'),
@@ -289,7 +303,8 @@ select w.privilege, w.kind || ' cdc' || coalesce('.' || w.object, '')
     ('update', 'table', 'dead_letter'), ('delete', 'table', 'dead_letter'),
     ('execute', 'function', 'next_batch'), ('execute', 'function', 'covers'), ('execute', 'function', 'rotate'),
     ('execute', 'function', 'slot'), ('execute', 'function', 'holder'), ('execute', 'function', 'place'),
-    ('execute', 'function', 'take'), ('execute', 'function', 'capture_plan')) as w (privilege, kind, object)
+    ('execute', 'function', 'take'), ('execute', 'function', 'capture_plan'),
+    ('execute', 'function', 'all_arguments'), ('execute', 'function', 'condition_of')) as w (privilege, kind, object)
   left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.object and w.kind in ('table', 'sequence')
   left join pg_catalog.pg_proc p on p.pronamespace = n.oid and p.proname = w.object and w.kind = 'function'
  where n.nspname = 'cdc'
@@ -308,9 +323,31 @@ select n.nspname, c.relname, c.relkind in ('r', 'p') and c.relpersistence = 'p' 
    and n.nspname not in ('cdc', 'information_schema') and n.nspname not like 'pg\_%%'
  order by n.nspname, c.relname;
 
+-- name: inheriting_tables
+-- Tables that inherit from another, which is no partitioned table: the parent, and the child.
+select n.nspname, p.relname, m.nspname, c.relname
+  from pg_catalog.pg_inherits i
+  join pg_catalog.pg_class p on p.oid = i.inhparent and p.relkind = 'r'
+  join pg_catalog.pg_namespace n on n.oid = p.relnamespace
+  join pg_catalog.pg_class c on c.oid = i.inhrelid and c.relkind in ('r', 'f')
+  join pg_catalog.pg_namespace m on m.oid = c.relnamespace
+ where n.nspname <> 'cdc'
+ order by 1, 2, 3, 4;
+
 -- name: disabled_captures
--- Captured tables one of whose triggers does not fire for ordinary writes.
-select schema_name || '.' || table_name from cdc.captured where not enabled;
+-- Captured tables one of whose triggers does not fire for ordinary writes, in the table or in one of its partitions.
+with recursive family as (
+  select c.relation as root, c.relation as member from cdc.captured c
+  union all
+  select f.root, i.inhrelid
+    from family f
+    join pg_catalog.pg_class p on p.oid = f.member and p.relkind = 'p'
+    join pg_catalog.pg_inherits i on i.inhparent = f.member
+)
+select c.schema_name || '.' || c.table_name
+  from cdc.captured c
+ where exists (select from family f join pg_catalog.pg_trigger g on g.tgrelid = f.member
+                where f.root = c.relation and g.tgname = any (c.triggers) and g.tgenabled not in ('O', 'A'));
 
 -- name: name_installation
 -- Let a database be called what the configuration calls it.

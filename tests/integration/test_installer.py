@@ -885,8 +885,9 @@ def test_a_role_without_rights_gets_one_clear_line(modest: Shop) -> None:
     assert result.stdout == ""
     assert result.stderr == (
         "error: shop: permission denied for database modest: the migration role needs CREATE on the database, "
-        "TRIGGER on every captured table, and CREATEROLE or, where another role has made cdc_capture, "
-        "cdc_nobody and cdc_reader, ADMIN on them (grant them, or set migrate_dsn to a role that has them)\n"
+        "CREATEROLE or, where another role has made cdc_capture, cdc_nobody and cdc_reader, ADMIN on them, and of "
+        "every captured table USAGE on its schema and TRIGGER on it and its partitions; to remove a trigger, or for "
+        "always, it must own the table (grant them, or set migrate_dsn to a role that has them)\n"
     )
     assert modest.one("select to_regnamespace('cdc')") is None
 

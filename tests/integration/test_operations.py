@@ -129,7 +129,8 @@ class Shop:
         """How a table is captured, in all that matters to events."""
         return fetch(
             self.writer,
-            """select g.tgname, g.tgenabled, regexp_replace(pg_get_triggerdef(g.oid), '\\(''[0-9]+''', '('),
+            """select g.tgname, g.tgenabled,
+                      regexp_replace(pg_get_triggerdef(g.oid), '\\(''[0-9]+''|, ''[0-9a-f]{32}''\\)$', '(', 'g'),
                       t.image, t.key_columns, t.hidden
                  from pg_trigger g
                  join cdc.captured_table t on t.id = substring(pg_get_triggerdef(g.oid), 'capture\\(''([0-9]+)')::int

@@ -757,7 +757,7 @@ def test_events_of_a_dropped_table_can_still_be_read(shop: connection, read: Cal
 
 @pytest.mark.parametrize(
     ("op", "new"),
-    [("i", "[1, 2]"), ("i", '"text"'), ("u", "17"), ("x", '{"id": 1}'), ("i", '{"a": ' * 5000 + "1" + "}" * 5000)],
+    [("i", "[1, 2]"), ("i", '"text"'), ("u", "17"), ("x", '{"id": 1}')],
 )
 def test_a_row_that_is_no_event_is_handed_out_as_unreadable_amid_the_others(
     shop: connection, read: Callable[..., Reader], op: str, new: str
