@@ -73,8 +73,8 @@ _ALEMBIC = threading.Lock()
 _TRIGGER_RIGHTS = (
     "the migration role needs CREATE on the database, CREATEROLE or, where another role has made cdc_capture, "
     "cdc_nobody and cdc_reader, ADMIN on them, and of every captured table USAGE on its schema and TRIGGER on it and "
-    "its partitions; to remove a trigger, or for always, it must own the table (grant them, or set migrate_dsn to a role "
-    "that has them)"
+    "its partitions; to remove a trigger, or for always, it must own the table (grant them, or set migrate_dsn to a "
+    "role that has them)"
 )
 _REMOVAL_RIGHTS = (
     "the role that uninstalls must own schema cdc and the captured tables (set migrate_dsn to one that does)"

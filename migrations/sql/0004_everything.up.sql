@@ -454,7 +454,7 @@ begin
       when captured is not null and not exists (
         select from wanted w full join present g on g.tgname = w.name
          where w.name is null or g.oid is null
-            or g.tgtype <> w.type or g.tgfoid <> 'cdc.capture()'::regprocedure or g.tgconstraint <> 0
+            or g.tgtype <> w.type or g.tgfoid is distinct from to_regprocedure('cdc.capture()') or g.tgconstraint <> 0
             or array_length(g.tgattr::int2[], 1) > 0 or (w.condition is null) <> (g.tgqual is null)
             or g.tgenabled <> (case when always then 'A' else 'O' end)::"char"
             or g.tgargs <> (select string_agg(convert_to(a, getdatabaseencoding()) || decode('00', 'hex'), '' order by n)
@@ -496,6 +496,7 @@ declare
   plan record;
   wanted text[];
   op text;
+  alien name;
 begin
   select * into plan from cdc.capture_plan(relation, ops, image, key, always, notify, notify_payload, channel,
                                         exclude, mask, conditions, lenient);
@@ -529,6 +530,12 @@ begin
   perform cdc.set_trigger(relation, '00_cdc_truncate',
     (select o from unnest(ops) as o where o = 'truncate'),
     null, always, wanted);
+  for alien in select g.tgname from pg_trigger g
+                where g.tgrelid = relation and not g.tgisinternal and starts_with(g.tgname::text, '00_cdc_')
+                  and g.tgname not in ('00_cdc_capture', '00_cdc_insert', '00_cdc_update', '00_cdc_delete', '00_cdc_truncate')
+  loop
+    execute format('drop trigger %I on %s', alien, relation);
+  end loop;
   return case plan.state when 'missing' then 'added' else 'changed' end;
 end
 $$;
