@@ -111,6 +111,7 @@ def migrate(
     on_wait: Callable[[str], None] = log.info,
     upgrade: Callable[[SqlConnection], None] | None = None,
     triggers: bool = True,
+    schema_only: bool = False,
 ) -> list[Change]:
     """Make one database equal to the configuration.
 
@@ -123,6 +124,7 @@ def migrate(
         on_wait: told why an attempt came to nothing, before the next; may raise, so that there is none.
         upgrade: moves the schema; None: to head.
         triggers: go on to triggers and positions, if the schema is at head then.
+        schema_only: leave the triggers to somebody else; whether the tables are there is no matter then.
 
     Returns:
         What changed, with a line for every captured table.
@@ -131,7 +133,7 @@ def migrate(
         InstallError: nothing was changed; the message says what to do.
         DatabaseUnreachable, NotPrimary: as :class:`cdc.connection.Connection`.
     """
-    migration = _Migration(name, database, sinks, daemon_role(dsn, reader_dsn), upgrade, triggers)
+    migration = _Migration(name, database, sinks, daemon_role(dsn, reader_dsn), upgrade, triggers, schema_only)
     return _attempt(name, dsn, migration, on_wait)
 
 
@@ -202,6 +204,7 @@ class _Migration:
     daemon_role: str | None
     upgrade: Callable[[SqlConnection], None] | None
     triggers: bool
+    schema_only: bool
     at: tuple[int, str] | None = None
 
     def run(self, connection: Connection) -> list[Change]:
@@ -220,7 +223,9 @@ class _Migration:
                 changes.append(Change("schema cdc", f"revision {before or 'none'} → {after or 'none'}"))
             if self.triggers and after == head():
                 cursor.execute(QUERIES["name_installation"], {"name": self.name})
-                changes += [*self._reconcile(cursor), *self._register_sinks(cursor), *self._grant_reader(cursor)]
+                if not self.schema_only:
+                    changes += self._reconcile(cursor)
+                changes += [*self._register_sinks(cursor), *self._grant_reader(cursor)]
             return changes
 
     def _restore_functions(self, cursor: ext.cursor) -> Iterator[Change]:

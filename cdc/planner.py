@@ -80,7 +80,15 @@ class _Facts:
     columns: Sequence[str]
 
 
-def plan(name: str, database: DatabaseConfig, *, dsn: str, reader_dsn: str, sinks: Mapping[str, str]) -> list[Step]:
+def plan(
+    name: str,
+    database: DatabaseConfig,
+    *,
+    dsn: str,
+    reader_dsn: str,
+    sinks: Mapping[str, str],
+    schema_only: bool = False,
+) -> list[Step]:
     """What :func:`cdc.installer.migrate` would change, in its order. Arguments as there.
 
     Raises:
@@ -89,7 +97,7 @@ def plan(name: str, database: DatabaseConfig, *, dsn: str, reader_dsn: str, sink
     """
     role = installer.daemon_role(dsn, reader_dsn)
     with Connection(dsn, purpose="plan") as connection:
-        look = _Look(connection, name, database)
+        look = _Look(connection, name, database, schema_only=schema_only)
         steps = [
             *look.functions(),
             *look.schema(),
@@ -101,17 +109,26 @@ def plan(name: str, database: DatabaseConfig, *, dsn: str, reader_dsn: str, sink
         return steps
 
 
-def script(name: str, database: DatabaseConfig, *, dsn: str, reader_dsn: str, sinks: Mapping[str, str]) -> str:
+def script(
+    name: str,
+    database: DatabaseConfig,
+    *,
+    dsn: str,
+    reader_dsn: str,
+    sinks: Mapping[str, str],
+    schema_only: bool = False,
+) -> str:
     """The statements :func:`cdc.installer.migrate` would run, for psql. Arguments and errors as :func:`plan`."""
     role = installer.role_of(reader_dsn)
     with Connection(dsn, purpose="plan") as connection:
-        return "\n\n".join(part.strip() for part in _Look(connection, name, database).script(sinks, role)) + "\n"
+        look = _Look(connection, name, database, schema_only=schema_only)
+        return "\n\n".join(part.strip() for part in look.script(sinks, role)) + "\n"
 
 
 class _Look:
     """A look at one database."""
 
-    def __init__(self, connection: Connection, name: str, database: DatabaseConfig) -> None:
+    def __init__(self, connection: Connection, name: str, database: DatabaseConfig, *, schema_only: bool) -> None:
         self._connection = connection
         self._name = name
         self._database = database
@@ -122,8 +139,8 @@ class _Look:
         self._upgrade = "" if self._at_head else installer.upgrade_script(self._revision)
         candidates = connection.query(QUERIES["candidate_tables"])
         self._plain = {oid for oid, _, _, plain in candidates if plain}
-        targets = installer.resolve(candidates, database)
-        captured = [] if self._revision is None else connection.query(QUERIES["captured"])
+        targets = [] if schema_only else installer.resolve(candidates, database)
+        captured = [] if self._revision is None or schema_only else connection.query(QUERIES["captured"])
         relations = list({target.oid for target in targets} | {row[0] for row in captured})
         self._facts = {
             oid: _Facts(quoted, Size(size, rows, partitions), *catalogue)

