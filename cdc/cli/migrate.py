@@ -44,7 +44,9 @@ _NOT_BEGUN = "not begun"
 @click.option("--schema-only", is_flag=True, help="Leave the triggers to your own migrations; tables may be missing.")
 @click.option("--json", "as_json", is_flag=True, help="What changed, or would, as JSON.")
 @pass_app
-def migrate(app: App, names: tuple[str, ...], only_plan: bool, as_sql: bool, schema_only: bool, as_json: bool) -> None:
+def migrate(
+    app: App, names: tuple[str, ...], *, only_plan: bool, as_sql: bool, schema_only: bool, as_json: bool
+) -> None:
     """Install schema cdc and make the triggers equal to the YAML, on every database.
 
     Each database is one transaction: all of it or nothing. One that fails does not stop the others. --plan and --sql

@@ -1,12 +1,12 @@
 """A real schema that nobody here wrote, captured whole by `cdc migrate` and `cdc run`, mirrored from the file alone.
 
-MusicBrainz, as the package ``mbdata`` carries it (a development dependency): some 500 tables with enums, arrays, partitions,
-checks of all kinds, and hundreds of triggers of its own. Its own test data is loaded with everything in place; then each
-table is given rows of random values, changed and emptied, as far as the schema lets it. What its constraints and triggers
-refuse is rolled back, in savepoints, and must not be told of.
+MusicBrainz, as the package ``mbdata`` carries it (a development dependency): some 500 tables with enums, arrays,
+partitions, checks of all kinds, and hundreds of triggers of its own. Its own test data is loaded with everything in
+place; then each table is given rows of random values, changed and emptied, as far as the schema lets it. What its
+constraints and triggers refuse is rolled back, in savepoints, and must not be told of.
 
-The judge builds a second database with the bare tables, applies the events in the order of the file and compares every table
-with the first one, row for row, as text.
+The judge has a copy of the empty database with triggers and foreign keys at rest, applies the events in the order of
+the file, and compares every table with the first one, row for row, as text.
 
 ``--sample DIR`` captures another one beside it: DIR/schema.sql is run by psql, then `cdc migrate`, then DIR/data.sql.
 """
@@ -211,7 +211,7 @@ class Churn:
             fetch(self.session, "rollback to savepoint attempt")
             self.done["refused"] += 1
         else:
-            self.done[statement.split()[0]] += 1
+            self.done[statement.split(maxsplit=1)[0]] += 1
 
     def table(self, table: Table) -> None:
         name, columns = table.quoted, [column for column in table.columns if column.how in ("null", "not null")]
@@ -401,7 +401,7 @@ def capture(
     rows = sum(count for count, _ in expected.values())
     report(
         f"{len(tables)} tables, {value(look, OTHERS_TRIGGERS)} triggers of theirs: {dict(mirror.ops)} of "
-        f"{len(mirror.told)} tables make {rows} rows equal to the last byte; {churn.done['refused']} statements were refused"
+        f"{len(mirror.told)} tables make {rows} rows equal to the last byte; {churn.done['refused']} statements refused"
     )
     project.remove_output()
     return mirror

@@ -1,4 +1,4 @@
-"""Whatever somebody changes of what is installed is seen by `cdc check`, `cdc status` and the daemon; `cdc migrate` mends it.
+"""Whatever somebody changes of what is installed, `cdc check`, `cdc status` and the daemon see; `cdc migrate` mends it.
 
 One list of misdeeds, each told to all of them. What the daemon says is what its keeper asks for once a minute (that it
 asks, and logs, is tested with the keeper: test_ownership.py).
@@ -151,8 +151,8 @@ MISDEEDS = {
         [f"public.plain: {DIFFERS}"],
     ),
     "its condition is another": (
-        f"do $do$ begin execute (select '{AN_ORDER} when (new.id > 7) execute function cdc.capture(' || {ARGUMENTS} || ')'"
-        " from pg_trigger where tgrelid = 'orders'::regclass and tgname = '00_cdc_update'); end $do$",
+        f"do $do$ begin execute (select '{AN_ORDER} when (new.id > 7) execute function cdc.capture(' || {ARGUMENTS}"
+        " || ')' from pg_trigger where tgrelid = 'orders'::regclass and tgname = '00_cdc_update'); end $do$",
         [f"public.orders: {DIFFERS}"],
     ),
     "its condition is gone": (
@@ -263,7 +263,7 @@ def test_a_table_named_in_the_yaml_and_renamed_is_a_problem_until_the_yaml_follo
     ]
     assert [line.replace("tables: ", "") for line in shop.checked()] == expected
     assert [line.partition(" (")[0] for line in shop.logged()] == expected
-    with pytest.raises(installer.InstallError, match="public.orders: no such table"):
+    with pytest.raises(installer.InstallError, match=r"public\.orders: no such table"):
         shop.migrate()
     # Until then it is captured under its old name.
     assert shop.recorded("insert into purchases values (1, 'new', 'n')") == 1

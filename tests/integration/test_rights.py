@@ -56,7 +56,8 @@ class Shop:
             create schema sales authorization owner;
             set role owner;
             create table sales.orders (id integer primary key, status text, card text);
-            create table sales.lines (id integer, day date, price numeric, primary key (id, day)) partition by range (day);
+            create table sales.lines (id integer, day date, price numeric, primary key (id, day))
+              partition by range (day);
             create table sales.lines_2026 partition of sales.lines for values from ('2026-01-01') to ('2027-01-01');
             create table sales.private (id integer primary key);
             grant usage on schema sales to clerk;
@@ -205,7 +206,8 @@ def test_nothing_of_the_users_is_theirs(shop: Shop) -> None:
                 "truncate sales.orders",
                 "drop table sales.orders",
                 "alter table sales.orders disable trigger all",
-                "create trigger mine after insert on sales.private for each row execute function cdc.capture('1', 'off')",
+                "create trigger mine after insert on sales.private for each row"
+                " execute function cdc.capture('1', 'off')",
             ):
                 with pytest.raises(errors.InsufficientPrivilege):
                     fetch(session, statement)

@@ -1,7 +1,7 @@
 """Whatever a table can be and go through, as the exact list of its events.
 
-Each event is one line: op, table, key, before, after. A minus stands where there is nothing. The lists hold on every major
-version the tests are run on.
+Each event is one line: op, table, key, before, after. A minus stands where there is nothing. The lists hold on every
+major version the tests are run on.
 """
 
 from __future__ import annotations
@@ -678,7 +678,7 @@ def test_what_is_no_table_to_capture_is_refused_with_the_reason(shop: Shop, case
 def test_a_foreign_table_is_refused_with_the_reason(shop: Shop) -> None:
     shop.run("create foreign data wrapper nothing; create server nowhere foreign data wrapper nothing")
     shop.run("create foreign table odd (id int) server nowhere")
-    with pytest.raises(psycopg2.errors.WrongObjectType, match="it is a foreign table .capture it where it lives"):
+    with pytest.raises(psycopg2.errors.WrongObjectType, match=r"it is a foreign table \(capture it where it lives\)"):
         shop.capture("odd")
 
 
