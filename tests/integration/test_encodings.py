@@ -186,13 +186,13 @@ def test_a_character_without_a_counterpart_in_utf8_becomes_a_dead_letter(
 
 
 def test_a_char_of_one_high_byte_is_a_dead_letter_where_the_server_writes_it_so(
-    tmp_path: Path, database: str, server: Server, connect: Connect
+    tmp_path: Path, database: str, connect: Connect
 ) -> None:
     shop = Shop(tmp_path, database, connect)
     fetch(shop.writer, """alter table notes add c "char" """)
     fetch(shop.writer, """insert into notes values (1, 'a\\b', (-56)::"char"), (2, 'y', 'c')""")
     shop.project.cdc("run", "--until-idle")
-    if server.version >= 160_000:
+    if value(shop.writer, """select octet_length(((-56)::"char")::text) > 1"""):  # of 15 the newer ones do so
         assert [event.after and event.after["c"] for event in shop.delivered()] == ["\\310", "c"]
         return
     assert notes(shop.delivered()) == ["y"]

@@ -370,9 +370,9 @@ PostgreSQL the tests run on, through the outbox and through a notification.
   of their row, and so an event of an ephemeral table, is a stub with `"truncated": true`.
 * A `json` or `jsonb` value may be nested as deeply as PostgreSQL takes it. Many a consumer's parser gives up sooner:
   Python's at about 950 levels (`cdc.event.Event.from_json` does not).
-* Bytes that are no characters, as a database in SQL_ASCII takes them and a `"char"` before PostgreSQL 16 gives them,
-  are no event: it becomes a dead letter, with the bytes in hex, and the others go on. In a notification it is a stub.
-  So it is with a character that another encoding of the database has and UTF-8 has not.
+* Bytes that are no characters, as a database in SQL_ASCII takes them and PostgreSQL 14 gives them for a `"char"`, are
+  no event: it becomes a dead letter, with the bytes in hex, and the others go on. In a notification it is a stub. So
+  it is with a character that another encoding of the database has and UTF-8 has not.
 * A row of more than 256 MiB as JSON is reported by its key, with `"truncated": true`. So is an update whose two rows
   together are longer than that.
 * Stored generated columns are in the event. Virtual ones (PostgreSQL 18) no trigger sees: they are left out. One that
