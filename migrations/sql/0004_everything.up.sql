@@ -30,6 +30,7 @@ create function cdc.keep_definitions() returns void
 language sql
 set search_path = pg_catalog, pg_temp
 set quote_all_identifiers = off
+set standard_conforming_strings = on
 as $$
   delete from cdc.definition;
   insert into cdc.definition
@@ -335,6 +336,7 @@ create function cdc.condition_of(p_trigger oid) returns text
 language sql stable
 set search_path = pg_catalog, pg_temp
 set quote_all_identifiers = off
+set standard_conforming_strings = on
 as $$
   select substring(pg_get_triggerdef(p_trigger) from ' WHEN [(](.*)[)] EXECUTE FUNCTION ')
 $$;
