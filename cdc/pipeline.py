@@ -31,6 +31,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from cdc import crashpoints
@@ -64,6 +65,8 @@ CONFIRM_AFTER = 2.0
 delivers; well below the lease after which another daemon may take it."""
 SMALLEST_SHARE = 1 / 256
 """Of a batch's limits, as long as pages are lost on the way again and again."""
+ROUTES = 10_000
+"""Routes whose fate is remembered; forged notifications may come with any number of them."""
 COUNT_INTERVAL = 1.0
 """Seconds between two notes of how many ephemeral changes were dropped."""
 
@@ -101,7 +104,7 @@ class Pipeline(threading.Thread):
         self._owner = owner
         self._on_delivered = on_delivered
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
-        self._wanted: dict[Route, bool] = {}
+        self._wants_route = lru_cache(maxsize=ROUTES)(self._decide)
         self._share = 1.0  # of a batch's limits, which a slow line may be too slow for
         self._heard_at = 0.0
         self._failed = 0  # ephemeral changes the sink did not take
@@ -226,13 +229,12 @@ class Pipeline(threading.Thread):
         return True
 
     def _wants(self, event: Event) -> bool:
-        route = event.route
-        wanted = self._wanted.get(route)
-        if wanted is None:
-            # A notification may still carry the database's former name; which database it is, we know.
-            _, schema, table, op = route
-            wanted = self._wanted[route] = self._options.wants(self.database, schema, table, op.value)
-        return wanted
+        return self._wants_route(event.route)
+
+    def _decide(self, route: Route) -> bool:
+        # A notification may still carry the database's former name; which database it is, we know.
+        _, schema, table, op = route
+        return self._options.wants(self.database, schema, table, op.value)
 
     # -- delivery -----------------------------------------------------------------------------------------------
 
