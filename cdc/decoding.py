@@ -22,7 +22,20 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cdc.event import Event, Image, Json, Op, Route, Source, join_object, one_line, quote, split_row
+from cdc.event import (
+    FLAT_VALUE,
+    Event,
+    Image,
+    Json,
+    Op,
+    Route,
+    Source,
+    join_object,
+    native,
+    quote,
+    split_row,
+    table_names,
+)
 
 Row = tuple[int, str, str, int, str, str | None, str | None, str | None]
 """seq, txid, captured_at, captured_table, op, old_row, new_row, context; as ``cdc.next_batch`` returns them."""
@@ -64,10 +77,10 @@ class CapturedTable:
     key: tuple[str, ...] | None
     image: Literal["diff", "full"]
     names: str = field(init=False, repr=False, compare=False)
-    """Schema and table as the native format has them."""
+    """See :func:`cdc.event.table_names`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", f'"schema":{quote(self.schema)},"table":{quote(self.table)}')
+        object.__setattr__(self, "names", table_names(self.schema, self.table))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +204,8 @@ def _checked(row: tuple[Any, ...]) -> Row | None:
 
 # -- what two images differ in -----------------------------------------------------------------------------------
 
-_STRING: Final = r'"[^"\\]*(?:\\.[^"\\]*)*"'
-_MEMBER: Final = re.compile(rf'([^"\\]*)":((?:{_STRING}|[^",{{}}\[\]]+))').fullmatch
-_FIRST_MEMBER: Final = re.compile(rf'\{{"([^"\\]*)":({_STRING}|[^",{{}}\[\]]+)[,}}]')
+_MEMBER: Final = re.compile(rf'([^"\\]*)":(?:{FLAT_VALUE})').fullmatch
+_FIRST_MEMBER: Final = re.compile(rf'\{{"([^"\\]*)":({FLAT_VALUE})[,}}]')
 
 
 def difference(old: str, new: str) -> tuple[str, str, tuple[str, ...]]:
@@ -234,7 +246,7 @@ def as_json(context: str) -> Json:
     value = Json(context)
     try:
         _ = value.value
-    except (ValueError, RecursionError):
+    except ValueError:
         return Json(quote(context))
     return value
 
@@ -305,15 +317,21 @@ class RowEvent(Event):
         """See :meth:`cdc.event.Event.to_json`."""
         parts = self.__dict__
         seq, txid, at, _, op, _, _, _ = parts["_row"]
-        changed, context = parts["_changed"], parts["_context"]
-        return one_line(
-            f'{{"version":1,"id":{quote(parts["_id"])},"op":"{_OPS[op.lower()].value}",'
-            f'"source":{{"database":{quote(parts["_database"])},{parts["_table"].names},'
-            f'"seq":{seq},"txid":{txid},"ts":"{at}"}},'
-            f'"key":{parts["_key"] or "null"},"before":{parts["_before"] or "null"},'
-            f'"after":{parts["_after"] or "null"},'
-            f'"changed":{"null" if changed is None else "[" + ",".join(map(quote, changed)) + "]"},'
-            f'"context":{"null" if context is None else context.raw}' + (',"truncated":true}' if op.isupper() else "}")
+        context = parts["_context"]
+        return native(
+            id_=parts["_id"],
+            op=_OPS[op.lower()],
+            database=parts["_database"],
+            names=parts["_table"].names,
+            seq=seq,
+            txid=txid,
+            ts=at,
+            key=parts["_key"],
+            before=parts["_before"],
+            after=parts["_after"],
+            changed=parts["_changed"],
+            context=None if context is None else context.raw,
+            truncated=op.isupper(),
         )
 
 

@@ -175,7 +175,8 @@ class _Checkup:
         for pattern in self._options.tables:
             if is_glob(pattern) and not any(c.plain and matches(pattern, c.schema, c.table) for c in candidates):
                 self._add("warning", f"tables.{pattern}", "matches no table", "correct it, or create the tables first")
-        for candidate in _wanted(candidates, self._options):
+        wanted = _wanted(candidates, self._options)
+        for candidate in wanted:
             options = self._options.options_for(candidate.schema, candidate.table)
             if candidate.plain and not candidate.has_key and options is not None and not options.key:
                 self._add(
@@ -184,9 +185,9 @@ class _Checkup:
                     "has no primary key: its events carry no key, and no order is promised for the changes of a row",
                     "add one, or name the identifying columns under `key`",
                 )
-        wanted = {(candidate.schema, candidate.table) for candidate in _wanted(candidates, self._options)}
+        names = {(candidate.schema, candidate.table) for candidate in wanted}
         for schema, table, *child in connection.query(QUERIES["inheriting_tables"]):
-            if (schema, table) in wanted and tuple(child) not in wanted:
+            if (schema, table) in names and tuple(child) not in names:
                 self._add(
                     "note",
                     f"{schema}.{table}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -91,8 +91,9 @@ def split_object(text: str) -> dict[str, str]:
     return members
 
 
-_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
-_FLAT_MEMBER = re.compile(rf'"([^"\\]*)":({_STRING}|[^",{{}}\[\]]+)[,}}]')
+FLAT_VALUE = r'"[^"\\]*(?:\\.[^"\\]*)*"|[^",{}\[\]]+'
+"""Pattern of a value without others in it, as PostgreSQL writes it between a colon and a comma or brace."""
+_FLAT_MEMBER = re.compile(rf'"([^"\\]*)":({FLAT_VALUE})[,}}]')
 
 
 def split_row(text: str) -> dict[str, str]:
@@ -353,15 +354,57 @@ class Event(_Model):
     def to_json(self) -> str:
         """The event in the native format: one line, fields in the contract's order, every digit kept."""
         source = self.source
-        changed = "null" if self.changed is None else "[" + ",".join(map(quote, self.changed)) + "]"
-        return (
-            f'{{"version":1,"id":{quote(self.id)},"op":"{self.op.value}",'
-            f'"source":{{"database":{quote(source.database)},"schema":{quote(source.schema_name)},'
-            f'"table":{quote(source.table)},"seq":{source.seq},"txid":{source.txid},'
-            f'"ts":"{format_timestamp(source.ts)}"}},'
-            f'"key":{_raw(self.key)},"before":{_raw(self.before)},"after":{_raw(self.after)},'
-            f'"changed":{changed},"context":{_raw(self.context)}' + (',"truncated":true}' if self.truncated else "}")
+        return native(
+            id_=self.id,
+            op=self.op,
+            database=source.database,
+            names=table_names(source.schema_name, source.table),
+            seq=source.seq,
+            txid=source.txid,
+            ts=format_timestamp(source.ts),
+            key=_raw(self.key),
+            before=_raw(self.before),
+            after=_raw(self.after),
+            changed=self.changed,
+            context=_raw(self.context),
+            truncated=self.truncated,
         )
+
+
+def native(
+    *,
+    id_: str,
+    op: Op,
+    database: str,
+    names: str,
+    seq: int,
+    txid: int | str,
+    ts: str,
+    key: str | None,
+    before: str | None,
+    after: str | None,
+    changed: Iterable[str] | None,
+    context: str | None,
+    truncated: bool,
+) -> str:
+    """The native format, of parts that are JSON text already: `names` by :func:`table_names`, the images, the context.
+
+    A column of type json keeps the line breaks it was written with. Inside a JSON string a raw line break is illegal,
+    so every one found here is white space between tokens, and one event stays one line.
+    """
+    line = (
+        f'{{"version":1,"id":{quote(id_)},"op":"{op.value}","source":{{"database":{quote(database)},{names},'
+        f'"seq":{seq},"txid":{txid},"ts":"{ts}"}},'
+        f'"key":{key or "null"},"before":{before or "null"},"after":{after or "null"},'
+        f'"changed":{"null" if changed is None else "[" + ",".join(map(quote, changed)) + "]"},'
+        f'"context":{context or "null"}' + (',"truncated":true}' if truncated else "}")
+    )
+    return line.replace("\n", " ").replace("\r", " ")
+
+
+def table_names(schema: str, table: str) -> str:
+    """Schema and table as the native format has them."""
+    return f'"schema":{quote(schema)},"table":{quote(table)}'
 
 
 def format_timestamp(moment: datetime) -> str:
@@ -369,14 +412,5 @@ def format_timestamp(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="microseconds")[: -len("+00:00")] + "Z"
 
 
-def _raw(value: Json | None) -> str:
-    return "null" if value is None else one_line(value.raw)
-
-
-def one_line(text: str) -> str:
-    """JSON text without line breaks.
-
-    A column of type json keeps those it was written with. Inside a JSON string a raw line break is illegal, so every
-    one found here is white space between tokens.
-    """
-    return text.replace("\n", " ").replace("\r", " ")
+def _raw(value: Json | None) -> str | None:
+    return None if value is None else value.raw

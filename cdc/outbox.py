@@ -205,9 +205,7 @@ class Outbox:
         return self._tables[table_id]
 
     def _primary_key(self, table: CapturedTable) -> Sequence[str]:
-        columns: Sequence[str] | None = self._connection.query(QUERIES["primary_key"], {"relation": table.relation})[0][
-            0
-        ]
+        [(columns,)] = self._connection.query(QUERIES["primary_key"], {"relation": table.relation})
         return columns or ()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from pydantic import AfterValidator
@@ -52,8 +53,8 @@ class Template:
         """
         self._text = text
         self._quote = quote
-        self._by_route = all(name in ROUTE for name in _PLACEHOLDER.findall(text))
-        self._cache: dict[Route, str] = {}
+        self._is_route = all(name in ROUTE for name in _PLACEHOLDER.findall(text))
+        self._by_route = lru_cache(maxsize=_CACHED)(self._of_route)
 
     def fill(self, event: Event) -> str:
         """The name for an event.
@@ -61,18 +62,15 @@ class Template:
         Raises:
             PermanentFailure: the event has no such key column.
         """
-        if not self._by_route:
-            return self._fill(event)
-        route = event.route
-        found = self._cache.get(route)
-        if found is None:
-            if len(self._cache) >= _CACHED:
-                self._cache.clear()
-            found = self._cache[route] = self._fill(event)
-        return found
+        if self._is_route:
+            return self._by_route(event.route)
+        return self._put_in(lambda name: _value(event, name))
 
-    def _fill(self, event: Event) -> str:
-        return _PLACEHOLDER.sub(lambda found: self._quote(_value(event, found[1])), self._text)
+    def _of_route(self, route: Route) -> str:
+        return self._put_in(dict(zip(ROUTE, map(str, route), strict=True)).__getitem__)
+
+    def _put_in(self, value: Callable[[str], str]) -> str:
+        return _PLACEHOLDER.sub(lambda found: self._quote(value(found[1])), self._text)
 
 
 _VALUES: Final[Mapping[str, Callable[[Event], str]]] = {
