@@ -48,6 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seed", type=int, default=1, help="what every fault test's choices come from (default: 1)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if _is_full(config) and config.option.markexpr == "not slow":
+        config.option.markexpr = ""  # the slow ones belong to all that there is
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"faults: {'full' if _is_full(config) else 'short'}, seed {_seed(config)}"
 

@@ -139,7 +139,7 @@ def make_it_wait(conn: connection) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.full
+@pytest.mark.slow  # and so alone on the machine: it measures
 def test_a_transaction_that_stays_open_delays_nobody_and_is_delivered_when_it_ends(
     *,
     case: str,
