@@ -187,7 +187,7 @@ class Pipeline(threading.Thread):
                         return
                     acked = batch.last_seq
                     if not batch.full:
-                        self._bell.pace(self._sleeper)
+                        self._bell.pace(self._sleeper, len(batch.events))
             self._pass_on(outbox)
             is_time = self._bell.rest(self._sleeper)
             if not is_time and self._silent_for() >= HEARTBEAT:

@@ -155,7 +155,7 @@ def test_a_transaction_that_stays_open_delays_nobody_and_is_delivered_when_it_en
     options = {"database": {"notify": "off"}} if case == "prepared" else {}
     project = mirror(cluster.create_database("shop"), **options)
     conn = connect(project.dsn)
-    quiet, open_for = scale((3.0, 10.0), (120.0, 600.0))
+    quiet, open_for = scale((3.0, 20.0), (120.0, 600.0))
     if case == WATERMARK:
         make_it_wait(conn)
         quiet, open_for = 1.0, 3.0
