@@ -22,7 +22,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 from cdc import diagnosis, installer, listener, outbox
 from cdc.bell import Bell
@@ -35,6 +35,7 @@ from cdc.keeper import Keeper
 from cdc.listener import Listener
 from cdc.outbox import Owner
 from cdc.pipeline import Pipeline
+from cdc.rowmodel import Validate
 from cdc.sinks import create
 
 log = logging.getLogger(__name__)
@@ -66,15 +67,18 @@ class Daemon:
         config: Config,
         dsns: Mapping[str, str],
         *,
+        validators: Mapping[str, Validate] = MappingProxyType({}),
         on_delivered: Callable[[str, Sequence[Event]], None] | None = None,
     ) -> None:
         """
         Args:
             config: the whole configuration.
             dsns: database name → how to reach it.
+            validators: database name → what its events have to pass; see :func:`cdc.rowmodel.load_all`.
             on_delivered: told the sink's name and the events, after each delivery, in the pipeline's thread.
         """
         self._config = config
+        self._validators = validators
         self._on_delivered = on_delivered
         self._stop = threading.Event()
         self._signal: int | None = None
@@ -199,6 +203,7 @@ class Daemon:
             stop=self._stop,
             owner=self._owner,
             on_delivered=(lambda events: told(name, events)) if told else None,
+            validate=self._validators.get(database.name),
         )
 
     # -- waiting ------------------------------------------------------------------------------------------------

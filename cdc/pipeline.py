@@ -4,6 +4,7 @@ Guarantees, given that the outbox hands out each key's events in order and repea
 
 * an event is acknowledged only after the sink has returned from delivering it, or after it was stored as a dead
   letter, or when the sink's configuration does not want it;
+* an event that does not fit its table's model is no sink's to take: a permanent failure, before it is delivered;
 * while an event is being retried nothing later of its key is delivered. After a partial failure the rest of the
   batch goes again from the first failed event of each failed key, even where the sink had taken a later one;
 * a sink that is slow, down or broken holds back nobody else: the thread, the connection and the position are its own;
@@ -87,6 +88,7 @@ class Pipeline(threading.Thread):
         stop: threading.Event,
         owner: Owner,
         on_delivered: Callable[[Sequence[Event]], None] | None = None,
+        validate: Callable[[Event], str | None] | None = None,
     ) -> None:
         super().__init__(name=f"{database}/{sink.name}", daemon=True)
         self.database = database
@@ -100,11 +102,13 @@ class Pipeline(threading.Thread):
         self._stop_event = stop
         self._owner = owner
         self._on_delivered = on_delivered
+        self._validate = validate
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
         self._wanted: dict[Route, bool] = {}
         self._share = 1.0  # of a batch's limits, which a slow line may be too slow for
         self._heard_at = 0.0
-        self._failed = 0  # ephemeral changes the sink did not take
+        self._failed = 0  # ephemeral changes the sink did not take, or that fit no model
+        self._last_misfit = ""
         self._counted = 0  # dropped changes the database knows of
         self._counted_at = 0.0
         self._last_loss = ""
@@ -218,12 +222,25 @@ class Pipeline(threading.Thread):
             if isinstance(event, Unreadable):
                 self._set_aside(outbox, event, event.reason)
         wanted = [event for event in batch.events if isinstance(event, Event) and self._wants(event)]
+        wanted = self._fitting(wanted, lambda event, error: self._give_up(outbox, event, error))
         while wanted:
             try:
                 wanted = self._guarded(outbox, self._attempt, outbox, wanted)
             except TransientFailure:
                 return False
         return True
+
+    def _fitting(self, events: list[Event], give_up: Callable[[Event, PermanentFailure], None]) -> list[Event]:
+        """The events that fit the models of their tables; the others are given up."""
+        if self._validate is None:
+            return events
+        fitting = []
+        for event in events:
+            if (reason := self._validate(event)) is None:
+                fitting.append(event)
+            else:
+                give_up(event, PermanentFailure(reason))
+        return fitting
 
     def _wants(self, event: Event) -> bool:
         route = event.route
@@ -340,8 +357,10 @@ class Pipeline(threading.Thread):
     def _pass_on(self, outbox: Outbox) -> None:
         """Deliver what the listener has handed over, once."""
         while not self._stop_event.is_set() and (events := self._sleeper.inbox.take(self._options.batch.events)):
+            events = self._fitting(events, self._drop_misfit)
             self._make_sure(outbox)
-            self._pass_batch_on(outbox, events)
+            if events:
+                self._pass_batch_on(outbox, events)
         self._count_dropped(outbox)
 
     def _pass_batch_on(self, outbox: Outbox, batch: list[Event]) -> None:
@@ -375,6 +394,12 @@ class Pipeline(threading.Thread):
         if self.state != "dropping":
             log.error("The sink fails; ephemeral changes are dropped.", extra=self._fields(error=error))
             self._become(outbox, "dropping", error)
+
+    def _drop_misfit(self, event: Event, error: PermanentFailure) -> None:
+        self._failed += 1
+        if str(error) != self._last_misfit:
+            self._last_misfit = str(error)
+            log.error("An ephemeral change is dropped.", extra=self._fields(event_id=event.id, error=str(error)))
 
     def _count_dropped(self, outbox: Outbox) -> None:
         """Let the database know how many were dropped, now and then."""

@@ -397,6 +397,7 @@ PARAMETERS = {
     "acked": 7,
     "always": False,
     "bytes": 4_194_304,
+    "captures": [1],
     "channel": "cdc",
     "epoch": 1,
     "error": "the disk is full",
@@ -430,6 +431,7 @@ PARAMETERS = {
     "start": "now",
     "state": "running",
     "target": "3:3:",
+    "types": [23],
 }
 """Something plausible for every parameter a query may have."""
 

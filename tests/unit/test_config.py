@@ -658,7 +658,7 @@ def test_all_kinds_of_findings_come_at_once_and_in_the_order_of_the_file() -> No
             dsn: host=other
             tabels: {}
             tables:
-              orders: {imge: full, model: 'shop.models:Order'}
+              orders: {imge: full, model: shop.models}
             migrate_dsn: *dsn
         sinks:
           out: {type: stdout, databases: [shoop], batch: {events: 0}}
@@ -798,7 +798,6 @@ def test_what_is_said_of_a_table_has_to_fit_together(options: str, sentence: str
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        (with_table("{model: 'shop.models:Order'}"), "databases.shop.tables.public.orders.model"),
         (with_sink("{type: stdout, filter: 'true'}"), "sinks.out.filter"),
         (with_sink("{type: stdout, format: flat}"), "sinks.out.format"),
         (with_sink("{type: stdout, start: backfill}"), "sinks.out.start"),
@@ -858,7 +857,6 @@ log: {level: info, format: text}
 """
 
 NOT_YET = {
-    "databases.shop.tables.public.orders.model",
     "sinks.audit.filter",
     "http",
 }
