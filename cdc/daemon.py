@@ -30,7 +30,7 @@ from cdc.config import Config, DatabaseConfig
 from cdc.connection import Connection
 from cdc.errors import CdcError, DatabaseUnreachable, NotInstalled, WrongCluster
 from cdc.event import Event
-from cdc.formats import FORMATS
+from cdc.formats import encoder
 from cdc.keeper import Keeper
 from cdc.listener import Listener
 from cdc.outbox import Owner
@@ -194,7 +194,7 @@ class Daemon:
         return Pipeline(
             database.dsn,
             database=database.name,
-            sink=create(name, options, FORMATS[options.format]),
+            sink=create(name, options, encoder(options.format, options.binding)),
             bell=bell,
             stop=self._stop,
             owner=self._owner,

@@ -359,8 +359,9 @@ class Event(_Model):
             f'"source":{{"database":{quote(source.database)},"schema":{quote(source.schema_name)},'
             f'"table":{quote(source.table)},"seq":{source.seq},"txid":{source.txid},'
             f'"ts":"{format_timestamp(source.ts)}"}},'
-            f'"key":{_raw(self.key)},"before":{_raw(self.before)},"after":{_raw(self.after)},'
-            f'"changed":{changed},"context":{_raw(self.context)}' + (',"truncated":true}' if self.truncated else "}")
+            f'"key":{on_one_line(self.key)},"before":{on_one_line(self.before)},"after":{on_one_line(self.after)},'
+            f'"changed":{changed},"context":{on_one_line(self.context)}'
+            + (',"truncated":true}' if self.truncated else "}")
         )
 
 
@@ -369,7 +370,8 @@ def format_timestamp(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="microseconds")[: -len("+00:00")] + "Z"
 
 
-def _raw(value: Json | None) -> str:
+def on_one_line(value: Json | None) -> str:
+    """The text of a value, or ``null``, without line breaks."""
     return "null" if value is None else one_line(value.raw)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Hashable
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -40,6 +40,12 @@ CaptureOp = Literal["insert", "update", "delete", "truncate"]
 
 EventOp = Literal["insert", "update", "delete", "truncate", "read"]
 """What an event can tell: everything captured, and ``read``, a row told of by a backfill."""
+
+Format = Literal["native", "debezium", "cloudevents", "cloudevents-binary", "flat"]
+"""How an event is written: docs/formats.md."""
+
+Binding = Literal["http", "kafka"]
+"""How a protocol with headers names those that are an event's attributes (CloudEvents' protocol bindings)."""
 
 ALL_CAPTURE_OPS: Final[tuple[CaptureOp, ...]] = get_args(CaptureOp)
 ALL_EVENT_OPS: Final[tuple[EventOp, ...]] = get_args(EventOp)
@@ -277,10 +283,33 @@ class RetryOptions(StrictModel):
         return self
 
 
+class TlsOptions(StrictModel):
+    """How a sink's connection is encrypted; files are read again at each connection.
+
+    Attributes:
+        ca: file of the authorities to trust, PEM; None: the system's.
+        certificate: file of the client's own certificate, and those up to its authority, PEM.
+        key: file of its private key, without a passphrase; None: in the certificate's file.
+        verify: whether the server must prove who it is; False is for tests.
+    """
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    verify: bool = True
+
+    @model_validator(mode="after")
+    def _key_needs_certificate(self) -> TlsOptions:
+        if self.key is not None and self.certificate is None:
+            raise ValueError("key without certificate (name both, or neither)")
+        return self
+
+
 class SinkOptions(StrictModel):
     """The fields every sink shares; a sink subclasses this and narrows `type` to its own ``Literal``.
 
     Attributes:
+        binding: how headers go beside an event at this sink; None: it has no headers.
         type: the sink's name in the registry.
         databases: names of configured databases; None means all of them.
         tables: patterns of the tables whose events this sink wants.
@@ -293,21 +322,29 @@ class SinkOptions(StrictModel):
         on_permanent_failure: what becomes of an event that can never be delivered.
     """
 
+    binding: ClassVar[Binding | None] = None
+
     type: str
     databases: Annotated[tuple[str, ...], Distinct] | None = None
     tables: Annotated[tuple[TablePattern, ...], Distinct] = ("*.*",)
     ops: Annotated[tuple[EventOp, ...], Distinct] = ALL_EVENT_OPS
     filter: str | None = None
-    format: Literal["native", "debezium", "cloudevents", "flat"] = "native"
+    format: Format = "native"
     start: Literal["now", "earliest", "backfill"] = "now"
     batch: BatchOptions = BatchOptions()
     retry: RetryOptions = RetryOptions()
     on_permanent_failure: Literal["dead_letter", "park_key", "stop"] = "dead_letter"
 
     _filter = not_supported_yet("filter")
-    _format = not_supported_yet("format", except_for=("native",))
     _start = not_supported_yet("start", except_for=("now", "earliest"))
     _on_permanent_failure = not_supported_yet("on_permanent_failure", except_for=("dead_letter", "stop"))
+
+    @field_validator("format")
+    @classmethod
+    def _can_be_written(cls, value: Format) -> Format:
+        if value == "cloudevents-binary" and cls.binding is None:
+            raise ValueError("a format for sinks with headers, which this one is not (write cloudevents)")
+        return value
 
     def wants(self, database: str, schema: str, table: str, op: EventOp) -> bool:
         """Whether an event of this database, table and operation is to be delivered here."""

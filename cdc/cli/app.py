@@ -15,7 +15,8 @@ from cdc import embedded
 from cdc.cli.logs import set_up_logging
 from cdc.config import Config
 from cdc.errors import ConfigError
-from cdc.sinks import option_models
+from cdc.formats import missing_libraries
+from cdc.sinks import missing_clients, option_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,20 @@ class App:
         config = configuration.load(self._find(), option_models(), self._environ)
         set_up_logging(self._log_level or config.log.level, self._log_format or config.log.format)
         return config
+
+    def check_clients(self) -> None:
+        """Whether this program can speak to every sink; only the commands that do, or judge, ask.
+
+        Raises:
+            ConfigError: sinks whose client library, or whose format's, is not installed.
+        """
+        clients, libraries = missing_clients(self.config.sinks), missing_libraries(self.config.sinks)
+        if clients or libraries:
+            path = self._find()
+            raise ConfigError(
+                [f"{path}: sinks.{name}.type: {message}" for name, message in clients.items()]
+                + [f"{path}: sinks.{name}.format: {message}" for name, message in libraries.items()]
+            )
 
     def select(self, names: tuple[str, ...]) -> list[str]:
         """The databases a command is about: those named, or all.

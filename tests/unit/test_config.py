@@ -800,7 +800,6 @@ def test_what_is_said_of_a_table_has_to_fit_together(options: str, sentence: str
     [
         (with_table("{model: 'shop.models:Order'}"), "databases.shop.tables.public.orders.model"),
         (with_sink("{type: stdout, filter: 'true'}"), "sinks.out.filter"),
-        (with_sink("{type: stdout, format: flat}"), "sinks.out.format"),
         (with_sink("{type: stdout, start: backfill}"), "sinks.out.start"),
         (with_sink("{type: stdout, on_permanent_failure: park_key}"), "sinks.out.on_permanent_failure"),
         (SMALLEST + "http: {listen: '127.0.0.1:8650'}", "http"),
@@ -922,7 +921,6 @@ LATER = [line for line in EXAMPLE.read_text().splitlines() if re.match(r" *# \w+
 def test_the_example_marks_every_refusal() -> None:
     marked = {line.split("#")[1].split(":")[0].strip() for line in LATER}
     assert marked == {path.rpartition(".")[2] for path in NOT_YET} | {
-        "format",
         "start",
         "on_permanent_failure",
         "type",

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -14,8 +15,9 @@ from cdc import config as configuration
 from cdc.cli import main
 from cdc.config import Config, DatabaseConfig, LogConfig, TableConfig
 from cdc.event import Event
-from cdc.options import BatchOptions, RetryOptions
+from cdc.options import BatchOptions, Format, RetryOptions, SinkOptions
 from cdc.sinks import SINKS, option_models
+from cdc.sinks.webhook import WebhookOptions
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,8 +74,23 @@ def test_every_key_is_in_the_example_configuration(key: str) -> None:
 @pytest.mark.parametrize("kind", sorted(SINKS))
 def test_every_sink_has_a_file_a_place_in_the_example_and_one_in_the_readme(kind: str) -> None:
     assert (ROOT / "cdc" / "sinks" / f"{kind}.py").is_file()
-    assert re.search(rf"^    type: {kind}\b", EXAMPLE, flags=re.MULTILINE)
+    assert re.search(rf"^  (  |#   )type: {kind}\b", EXAMPLE, flags=re.MULTILINE)
     assert f"`{kind}`" in README
+
+
+@pytest.mark.parametrize("name", re.findall(r"^  # (\w+):", EXAMPLE, flags=re.MULTILINE))
+def test_a_sink_that_is_commented_out_shows_its_defaults(tmp_path: Path, name: str) -> None:
+    lines = EXAMPLE.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"  # {name}:"))
+    end = next(number for number in range(start + 1, len(lines)) if not lines[number].startswith("  #   "))
+    lines[start:end] = [line.replace("# ", "", 1) for line in lines[start:end]]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(lines))
+    sink = configuration.load(path, option_models(), {}).sinks[name]
+    required = {key for key, field in type(sink).model_fields.items() if field.is_required()}
+    assert sink == type(sink)(**{key: getattr(sink, key) for key in required})
+    own = set(type(sink).model_fields) - set(SinkOptions.model_fields)
+    assert own <= sink.model_fields_set, "every key of its own is shown"
 
 
 def test_the_readmes_configuration_is_one(tmp_path: Path) -> None:
@@ -93,9 +110,21 @@ def test_ci_finds_its_two_lines_in_the_readme() -> None:
         assert re.search(rf"^python3 -m venv .*{what}", README, flags=re.MULTILINE)
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists()
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists()
+
+
+@pytest.mark.parametrize("name", get_args(Format))
+def test_every_format_has_a_section(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+
+
+def test_every_key_of_the_webhook_sink_is_explained() -> None:
+    text = (ROOT / "docs" / "sinks" / "webhook.md").read_text(encoding="utf-8")
+    for key in set(WebhookOptions.model_fields) - set(SinkOptions.model_fields):
+        assert f"`{key}`" in text
 
 
 def test_nothing_tracked_names_a_machine() -> None:

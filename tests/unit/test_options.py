@@ -272,7 +272,7 @@ def test_a_sink_wants_what_its_databases_tables_and_ops_say(
     ("key", "value", "complaint"),
     [
         ("filter", "true", "not supported yet (leave it out)"),
-        ("format", "debezium", "not supported yet (use native)"),
+        ("format", "cloudevents-binary", "a format for sinks with headers, which this one is not (write cloudevents)"),
         ("start", "backfill", "not supported yet (use now or earliest)"),
         ("on_permanent_failure", "park_key", "not supported yet (use dead_letter or stop)"),
         ("ops", (), "an empty list (write at least one entry, or leave the key out)"),
