@@ -72,7 +72,7 @@ def test_every_key_is_in_the_example_configuration(key: str) -> None:
 @pytest.mark.parametrize("kind", sorted(SINKS))
 def test_every_sink_has_a_file_a_place_in_the_example_and_one_in_the_readme(kind: str) -> None:
     assert (ROOT / "cdc" / "sinks" / f"{kind}.py").is_file()
-    assert re.search(rf"^    type: {kind}\b", EXAMPLE, flags=re.MULTILINE)
+    assert re.search(rf"^  (  |#   )type: {kind}\b", EXAMPLE, flags=re.MULTILINE)
     assert f"`{kind}`" in README
 
 
