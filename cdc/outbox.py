@@ -168,6 +168,18 @@ class Outbox:
         size = sum(len(image) for row in rows for image in row[5:7] if image is not None)
         return Batch(found, rows[-1][0], len(rows) >= events or size >= bytes_)
 
+    def window(self) -> tuple[str | None, int]:
+        """Which window is being read, and up to which seq it is acknowledged. Raises as :meth:`next_batch`.
+
+        Returns:
+            A name that no other window has, of any cluster or timeline, or None when none is open; and the seq.
+        """
+        rows = self._connection.query(QUERIES["window"], {"sink": self._sink, "epoch": self._epoch})
+        if not rows:
+            raise Fenced(f"sink {self._sink} is served by another daemon")
+        window, acked = rows[0]
+        return window, acked
+
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""
         self._owned(QUERIES["acknowledge"], {"sink": self._sink, "epoch": self._epoch, "acked": acked})

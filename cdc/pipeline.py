@@ -53,7 +53,7 @@ from cdc.lanes import Table, reach
 from cdc.options import SinkOptions
 from cdc.outbox import Batch, Outbox, Owner, join_process
 from cdc.retry import keep_alive, retrying
-from cdc.sinks.base import Sink
+from cdc.sinks.base import Page, Sink
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class Pipeline(threading.Thread):
                 log.warning("The database was moved by pg_upgrade; its positions are still good.", extra=self._fields())
             self._bell.join(self._sleeper)
             try:
+                self._turn_to(outbox)
                 self._guarded(outbox, self._sink.open)
                 self._loop(outbox)
             except SinkDisabled as error:
@@ -183,6 +184,7 @@ class Pipeline(threading.Thread):
                     self._bell.found_nothing(self._sleeper)
                 else:
                     self._bell.found(self._sleeper, full=batch.full)
+                    self._turn_to(outbox)
                     if not self._process(outbox, batch):
                         return
                     acked = batch.last_seq
@@ -211,6 +213,11 @@ class Pipeline(threading.Thread):
         if batch is not None and batch.full:
             self._share = min(1.0, self._share * 2)
         return batch
+
+    def _turn_to(self, outbox: Outbox) -> None:
+        """Tell a sink that keeps the position itself where in the book it is."""
+        if self._sink.keeps_position:
+            self._sink.begin(Page(self.database, *outbox.window()))
 
     def _process(self, outbox: Outbox, batch: Batch) -> bool:
         """Get a batch off our hands; False when stopped before all of it was."""
@@ -347,7 +354,7 @@ class Pipeline(threading.Thread):
     def _pass_batch_on(self, outbox: Outbox, batch: list[Event]) -> None:
         try:
             self._sink.deliver(list(batch))
-        except SinkDisabled:
+        except (SinkDisabled, Fenced):
             raise
         except PermanentFailure as error:
             if len(batch) > 1:

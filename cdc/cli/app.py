@@ -15,7 +15,7 @@ from cdc import embedded
 from cdc.cli.logs import set_up_logging
 from cdc.config import Config
 from cdc.errors import ConfigError
-from cdc.sinks import option_models
+from cdc.sinks import missing_clients, option_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,16 @@ class App:
         config = configuration.load(self._find(), option_models(), self._environ)
         set_up_logging(self._log_level or config.log.level, self._log_format or config.log.format)
         return config
+
+    def check_clients(self) -> None:
+        """Whether this program can speak to every sink; only the commands that do, or judge, ask.
+
+        Raises:
+            ConfigError: sinks whose client library is not installed.
+        """
+        if missing := missing_clients(self.config.sinks):
+            path = self._find()
+            raise ConfigError([f"{path}: sinks.{name}.type: {message}" for name, message in missing.items()])
 
     def select(self, names: tuple[str, ...]) -> list[str]:
         """The databases a command is about: those named, or all.

@@ -27,6 +27,7 @@ def run(app: App, first_migrate: bool, until_idle: bool) -> None:
             crashpoints.arm(spec)
         except ValueError as error:
             raise click.UsageError(f"CDC_CRASH_AT: {error}") from None
+    app.check_clients()
     with app.places() as places:
         if first_migrate and migrate_all(app, places, list(places), all_on_stderr=True):
             sys.exit(1)

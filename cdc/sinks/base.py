@@ -10,29 +10,60 @@ from :meth:`Sink.deliver` only when the destination has the events for good; wha
 
 Any other exception counts as transient: a bug must not lose an event. Retrying, dead letters, filters, positions and
 order are the pipeline's business.
+
+A sink that speaks through a client library names its modules in :attr:`Sink.clients` and gets them by :func:`require`:
+who does not use the sink needs no library, and who has forgotten it is told its name.
+
+A sink that can store with the events how far it has come, and so take each exactly once, sets
+:attr:`Sink.keeps_position` and is told by :meth:`Sink.begin` where in the book it is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Generic, TypeVar
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, Generic, TypeVar
 
 from cdc.encoding import Encoder
+from cdc.errors import SinkDisabled
 from cdc.event import Event
 from cdc.options import SinkOptions
 
 OptionsT = TypeVar("OptionsT", bound=SinkOptions)
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Where in the book of its database a pipeline stands.
+
+    Attributes:
+        database: the database's name in the configuration.
+        window: of which window the next events are. Read again after a crash they are of the same one; rewound to, of
+            another. None: no window is open.
+        after: seq up to which that window was acknowledged.
+    """
+
+    database: str
+    window: str | None
+    after: int
+
+
 class Sink(ABC, Generic[OptionsT]):
     """Base of every sink.
 
     Attributes:
-        options: the model of this sink's configuration.
+        Options: the model of its configuration.
+        clients: modules of other projects that it needs; the extra of the distribution that brings them has the name of
+            the sink's type.
+        keeps_position: whether it wants to be told by :meth:`begin` where in the book it is.
+        name, options, encoder: as given to it.
     """
 
     Options: ClassVar[type[SinkOptions]]
+    clients: ClassVar[tuple[str, ...]] = ()
+    keeps_position: ClassVar[bool] = False
 
     def __init__(self, name: str, options: OptionsT, encoder: Encoder | None = None) -> None:
         """
@@ -44,6 +75,17 @@ class Sink(ABC, Generic[OptionsT]):
         self.name = name
         self.options = options
         self.encoder = encoder or Encoder()
+
+    @classmethod
+    def make(cls, name: str, options: Any, encoder: Encoder) -> Sink[Any]:
+        """A new, unopened sink for these options; one of another class where the options say so."""
+        return cls(name, options, encoder)
+
+    def begin(self, page: Page) -> None:
+        """Take note of what comes next: called before :meth:`open`, once nobody else serves the sink, and then before
+        the first delivery of each page. Called only if :attr:`keeps_position`.
+        """
+        return
 
     def open(self) -> None:
         """Get ready. Called before the first batch, and again after :meth:`close`.
@@ -64,3 +106,42 @@ class Sink(ABC, Generic[OptionsT]):
     def close(self) -> None:
         """Let go of everything; harmless when called twice or before :meth:`open`."""
         return
+
+
+def require(module: str, *, extra: str) -> Any:
+    """A client library, imported when it is first used; SinkDisabled, with the cure, is raised then if it is missing.
+
+    At the head of a sink's module, so that types stay known::
+
+        if TYPE_CHECKING:
+            import redis
+        else:
+            redis = require("redis", extra="redis")
+
+    Args:
+        module: its full name; a submodule that its package does not import needs a line of its own.
+        extra: of this distribution, that brings it: the sink's type.
+    """
+    return _Client(module, extra)
+
+
+def how_to_get(extra: str) -> str:
+    """The cure for a missing client library."""
+    return f"pip install 'table-cdc[{extra}]'"
+
+
+class _Client:
+    """Stands for a module until something of it is used."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        self._module = module
+        self._extra = extra
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            module = import_module(self._module)
+        except ImportError:
+            cure = how_to_get(self._extra)
+            raise SinkDisabled(f"the client library {self._module} cannot be imported ({cure})") from None
+        found = self.__dict__[name] = getattr(module, name)
+        return found

@@ -53,6 +53,12 @@ select seq, txid, captured_at, captured_table, op,
        replace(context, E'\\', E'\\\\')::bytea
   from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
 
+-- name: window
+-- Which window is being read, by a name that no other window has, and up to where it is acknowledged. No row: another
+-- daemon has taken the sink over.
+select case when snap_hi is not null then concat_ws('/', system_identifier, timeline, snap_lo, snap_hi) end, last_seq
+  from cdc.sink where name = %(sink)s and epoch = %(epoch)s;
+
 -- name: acknowledge
 -- Acknowledge without reading on: the last word of a pipeline that stops. No row: another daemon serves the sink.
 update cdc.sink set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()
