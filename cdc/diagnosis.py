@@ -370,16 +370,17 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
     replaced = installer.replaced_functions(connection)
     if moved := outbox.moved_sinks(connection):
         problems.append(f"{outbox.ELSEWHERE}: {', '.join(moved)} ({outbox.ELSEWHERE_CURE})")
-    if (size := outbox.size(connection)) > options.outbox_alarm:
-        problems.append(f"the outbox takes {size} bytes on disk, more than outbox_alarm allows")
+    pulse = outbox.pulse(connection)
+    if pulse.outbox_bytes > options.outbox_alarm:
+        problems.append(f"the outbox takes {pulse.outbox_bytes} bytes on disk, more than outbox_alarm allows")
     return DatabaseStatus(
         "ok",
         revision=revision,
-        armed=outbox.is_armed(connection),
-        outbox_bytes=size,
+        armed=pulse.armed,
+        outbox_bytes=pulse.outbox_bytes,
         outbox_held_by=[name for name, sink in known.items() if sink.lag > options.retention],
-        notify_queue_usage=outbox.queue_usage(connection),
-        oldest_transaction=outbox.oldest_writer(connection),
+        notify_queue_usage=pulse.queue_usage,
+        oldest_transaction=pulse.oldest,
         drift=len(drifts) + len(replaced),
         problems=problems,
         sinks={name: lines[name] for name in sorted(lines)},
@@ -391,6 +392,8 @@ def _shown_state(sink: SinkStatus, *, configured: bool) -> str:
         return "unknown"
     if sink.state == "stopped":
         return sink.state
+    if sink.paused and (sink.state == "paused" or not sink.served):
+        return "paused"
     return sink.state if sink.served and not is_silent(sink) else "down"
 
 
@@ -412,6 +415,9 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
             "last_error_at": None,
             "dead_letters": 0,
             "dropped": 0,
+            "parked": 0,
+            "paused": False,
+            "state_since": None,
             "owner": None,
         }
     return {
@@ -424,6 +430,9 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
         "last_error_at": _iso(sink.last_error_at),
         "dead_letters": sink.dead_letters,
         "dropped": sink.dropped,
+        "parked": sink.parked,
+        "paused": sink.paused,
+        "state_since": _iso(sink.state_since),
         "owner": sink.owner,
     }
 

@@ -36,6 +36,12 @@ class App:
         self._environ = environ
         self._log_level = log_level
         self._log_format = log_format
+        self._embedded: dict[Path, str] = {}
+
+    @cached_property
+    def path(self) -> Path:
+        """The configuration file. Raises ConfigError when there is none."""
+        return self._find()
 
     @cached_property
     def config(self) -> Config:
@@ -44,8 +50,21 @@ class App:
         Raises:
             ConfigError: every finding at once.
         """
-        config = configuration.load(self._find(), option_models(), self._environ)
-        set_up_logging(self._log_level or config.log.level, self._log_format or config.log.format)
+        return self.read_again()
+
+    def read_again(self, *, check: Callable[[Config], None] = lambda config: None) -> Config:
+        """The configuration as the file has it now; it counts from here on, unless something is wrong with it.
+
+        Args:
+            check: raises ConfigError for what it cannot accept.
+
+        Raises:
+            ConfigError: every finding at once.
+        """
+        config = configuration.load(self.path, option_models(), self._environ)
+        check(config)
+        set_up_logging(self._log_level or config.log.level, self._log_format or config.log.format, self._environ)
+        self.__dict__["config"] = config
         return config
 
     def select(self, names: tuple[str, ...]) -> list[str]:
@@ -69,19 +88,31 @@ class App:
             EmbeddedError: a private server does not start.
         """
         with ExitStack() as stack:
-            yield {
-                name: Place(
-                    _reach(database.resolved_dsn.get_secret_value(), stack),
-                    _reach(database.resolved_migrate_dsn.get_secret_value(), stack),
-                )
-                for name, database in self.config.databases.items()
-                if names is None or name in names
-            }
+            yield self.reach(self.config, stack, names)
 
+    def reach(self, config: Config, stack: ExitStack, names: Collection[str] | None = None) -> dict[str, Place]:
+        """How to reach each database of a configuration; embedded servers not running yet run until `stack` is closed.
 
-def _reach(dsn: str, stack: ExitStack) -> str:
-    directory = embedded.directory_of(dsn)
-    return dsn if directory is None else stack.enter_context(embedded.start(directory)).dsn()
+        Raises:
+            EmbeddedError: a private server does not start.
+        """
+        return {
+            name: Place(
+                self._reach(database.resolved_dsn.get_secret_value(), stack),
+                self._reach(database.resolved_migrate_dsn.get_secret_value(), stack),
+            )
+            for name, database in config.databases.items()
+            if names is None or name in names
+        }
+
+    def _reach(self, dsn: str, stack: ExitStack) -> str:
+        directory = embedded.directory_of(dsn)
+        if directory is None:
+            return dsn
+        if directory not in self._embedded:
+            self._embedded[directory] = stack.enter_context(embedded.start(directory)).dsn()
+            stack.callback(self._embedded.pop, directory)
+        return self._embedded[directory]
 
 
 pass_app = click.make_pass_decorator(App)

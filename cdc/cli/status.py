@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cdc import diagnosis
 from cdc.cli.app import App, pass_app
-from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain
+from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain, print_table
 from cdc.diagnosis import DatabaseStatus, SinkLine, is_silent
 from cdc.outbox import OpenTransaction
 
@@ -25,7 +26,7 @@ LONG_OPEN = 5.0
 QUEUE_IS_FILLING = 0.1
 """Fill of the notification queue that is worth a line."""
 
-_STYLES = {"running": "green", "waiting": "cyan", "new": "cyan", "unknown": "yellow"}
+_STYLES = {"running": "green", "waiting": "cyan", "new": "cyan", "unknown": "yellow", "paused": "yellow"}
 _BAD = "bold red"
 _COLUMNS = ("database", "sink", "state", "pending", "lag", "last delivery", "dead letters", "owner")
 _NUMBERS = ("pending", "lag", "last delivery", "dead letters")
@@ -38,9 +39,9 @@ _NUMBERS = ("pending", "lag", "last delivery", "dead letters")
 def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
     """Show every sink's state, pending events and lag, and what holds delivery back.
 
-    A sink is running, retrying, dropping (ephemeral changes, because it fails) or stopped, as its daemon says; down: no
-    daemon serves it; new: it has no position yet; unknown: the configuration no longer has it. Exit code 69 when a
-    database cannot be reached.
+    A sink is running, retrying, dropping (ephemeral changes, because it fails), stalled (in one delivery for long),
+    paused or stopped, as its daemon says; down: no daemon serves it; new: it has no position yet; unknown: the
+    configuration no longer has it. Exit code 69 when a database cannot be reached.
     """
     selected = app.select(names)
     with app.places(selected) as places:
@@ -56,6 +57,8 @@ def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
 
 def _show(databases: Mapping[str, DatabaseStatus], out: Console, now: datetime) -> None:
     rows = [(name, sink, line) for name, database in databases.items() for sink, line in database.sinks.items()]
+    out.print(_verdict(databases, rows))
+    out.print()
     if rows:
         _print_table(rows, out, now)
         out.print()
@@ -64,6 +67,33 @@ def _show(databases: Mapping[str, DatabaseStatus], out: Console, now: datetime) 
         out.print(plain(f"{name}: {_summary(database)}", _BAD if bad else ""))
         for note in _notes(database, now):
             out.print(plain(f"{name}: {note}"))
+
+
+def _verdict(databases: Mapping[str, DatabaseStatus], rows: list[tuple[str, str, SinkLine]]) -> Text:
+    """The first thing somebody wants to know: whether all is well, and if not, how much is not."""
+    lost = [name for name, database in databases.items() if database.state != "ok"]
+    halted = [f"{name}/{sink}" for name, sink, line in rows if line.state not in ("running", "paused", "new")]
+    paused = [f"{name}/{sink}" for name, sink, line in rows if line.state == "paused"]
+    drifted = [name for name, database in databases.items() if database.drift or database.problems]
+    letters = sum(line.detail.dead_letters for _, _, line in rows if line.detail)
+    parts = [
+        f"{_of(len(lost), len(databases), 'database')} cannot be served: {', '.join(lost)}" if lost else "",
+        f"{_of(len(halted), len(rows), 'sink')} {'does' if len(halted) == 1 else 'do'} not deliver: {', '.join(halted)}"
+        if halted
+        else "",
+        f"{_of(len(paused), len(rows), 'sink')} paused: {', '.join(paused)}" if paused else "",
+        f"look at the triggers of {', '.join(drifted)}" if drifted else "",
+        f"{letters} dead letter{'' if letters == 1 else 's'}" if letters else "",
+    ]
+    said = "; ".join(filter(None, parts))
+    if said:
+        return plain(said, _BAD if lost or halted or drifted else "yellow")
+    lag = max((line.detail.lag for _, _, line in rows if line.detail), default=0.0)
+    return plain(f"all is delivered, {'up to date' if lag < 1 else f'at most {age(lag)} behind'}", "green")
+
+
+def _of(some: int, all_: int, noun: str) -> str:
+    return f"{some} of {all_} {noun}{'' if all_ == 1 else 's'}"
 
 
 def _print_table(rows: list[tuple[str, str, SinkLine]], out: Console, now: datetime) -> None:
@@ -83,14 +113,7 @@ def _print_table(rows: list[tuple[str, str, SinkLine]], out: Console, now: datet
             ]
         state = plain(line.state, _STYLES.get(line.state, _BAD))
         table.add_row(plain(name), plain(sink), state, *(plain(cell) for cell in cells))
-    if out.is_terminal:
-        out.print(table)
-        return
-    # Rich fills the last column up; in a pipe that is rubbish at the end of the line.
-    with out.capture() as capture:
-        out.print(table)
-    for text in capture.get().splitlines():
-        out.print(plain(text.rstrip()))
+    print_table(table, out)
 
 
 def _summary(database: DatabaseStatus) -> str:
@@ -119,12 +142,12 @@ def _notes(database: DatabaseStatus, now: datetime) -> Iterator[str]:
     if oldest is not None and (oldest.age is None or oldest.age > LONG_OPEN):
         yield _open_transaction(oldest)
     for sink, line in database.sinks.items():
-        text = _about(line, now)
+        text = _about(sink, line, now)
         if text:
             yield f"{sink}: {text}"
 
 
-def _about(line: SinkLine, now: datetime) -> str | None:
+def _about(sink: str, line: SinkLine, now: datetime) -> str | None:
     detail = line.detail
     if detail is None:
         return "new: it has no position yet and gets one from cdc migrate or cdc run"
@@ -138,11 +161,20 @@ def _about(line: SinkLine, now: datetime) -> str | None:
     explained = {
         "down": silent if is_silent(detail) else f"down: no daemon serves it (start cdc run{served_by})",
         "stopped": "stopped: it takes nothing more (mend the cause, then restart cdc run)",
+        "paused": f"paused: nothing is delivered until cdc sinks resume {sink}"
+        + ("" if detail.served else "; no daemon serves it"),
+        "stalled": "stalled: it has not returned from a delivery for "
+        f"{age((now - detail.state_since).total_seconds())} (its destination hangs, or is very slow)",
         "unknown": "unknown: the configuration no longer has it, and its position keeps the outbox from being given "
         "back (cdc sinks forget, if it is not coming back)",
     }.get(line.state, line.state if error and line.state != "running" else "")
     dropped = f"{detail.dropped} ephemeral changes were dropped so far" if detail.dropped else ""
-    return "; ".join(filter(None, (explained, error, dropped))) or None
+    parked = (
+        f"later events of their keys wait behind {detail.parked} dead letters (cdc dead-letters list {sink})"
+        if detail.parked
+        else ""
+    )
+    return "; ".join(filter(None, (explained, error, parked, dropped))) or None
 
 
 def _open_transaction(oldest: OpenTransaction) -> str:
