@@ -28,6 +28,9 @@ POINTS: Final[tuple[str, ...]] = (
     "after-deliver",  # the sink has the events, nobody else knows
     "in-back-off",  # the sink failed, about to wait for the next attempt
     "after-dead-letter",  # a dead letter is stored, its batch not acknowledged
+    "after-park",  # a dead letter lets its key wait, or an event waits behind one; its batch not acknowledged
+    "before-replay",  # dead letters are chosen, the sink has none of them
+    "after-replay",  # the sink has them, and they are still dead letters
     "before-acknowledge",  # about to store the position
     "after-acknowledge",  # the position is stored
     "before-rotate",  # about to turn the outbox to its next child table

@@ -4,8 +4,9 @@ Starting fails fast: every database is tried once, and a reason no waiting mends
 ends the start. A database that cannot be reached is waited for as long as another one can be served. From then on
 everything heals by itself and says so in the log.
 
-Stopping: the first signal drains (each pipeline finishes and acknowledges the batch in its hands), the second one ends
-the process at once; what was not acknowledged is delivered again by the next start.
+Stopping: the first signal drains (each pipeline finishes and acknowledges the batch in its hands), the second one
+ends the process at once; what was not acknowledged is delivered again by the next start. A sink that does not return
+is waited for no longer than `stop_timeout`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -80,6 +82,8 @@ class Daemon:
         self._signal: int | None = None
         self._nudge_read, self._nudge_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._owner = Owner(f"{socket.gethostname()}:{os.getpid()}", secrets.randbits(31))
+        self.stuck: Sequence[str] = ()
+        """The pipelines that had not ended when the daemon did: their sinks hang."""
         self._databases = [
             _Database(name, dsns[name], options, installer.sinks_of(config, name))
             for name, options in config.databases.items()
@@ -92,7 +96,7 @@ class Daemon:
 
         Raises:
             DatabaseUnreachable: no database could be reached at the start (with until_idle: not all of them).
-            CdcError: a database cannot be served, or every sink has stopped for good.
+            CdcError: a database cannot be served, every sink has stopped for good, or some have not ended in time.
         """
         unreachable: list[str] = []
         for database in self._databases:
@@ -117,6 +121,11 @@ class Daemon:
         finally:
             self.stop()
             self._join()
+        if self.stuck:
+            raise CdcError(
+                f"not ended within stop_timeout: {', '.join(self.stuck)} (the sink hangs; what it has in hand is "
+                "delivered again)"
+            )
 
     def stop(self) -> None:
         """Begin to drain; returns at once. May be called from any thread."""
@@ -172,6 +181,7 @@ class Daemon:
             retention=options.retention,
             alarm=options.outbox_alarm,
             find_drift=lambda connection: diagnosis.find_drift(connection, options),
+            watch=lambda connection: _watch(database, connection),
         )
         if options.notify != "off":
             database.listener = Listener(
@@ -230,9 +240,11 @@ class Daemon:
 
     def _is_behind(self, database: _Database, connection: Connection) -> bool:
         behind = outbox.sinks_behind(connection, list(database.sinks), database.target or "")
-        stopped = [p for p in database.pipelines if p.sink in behind and p.stopped_because]
-        if stopped:
-            raise CdcError(f"{stopped[0].name}: {stopped[0].stopped_because}")
+        for pipeline in database.pipelines:
+            if pipeline.sink in behind and pipeline.stopped_because:
+                raise CdcError(f"{pipeline.name}: {pipeline.stopped_because}")
+            if pipeline.sink in behind and pipeline.state == "paused":
+                raise CdcError(f"{pipeline.name}: paused (cdc sinks resume {pipeline.sink})")
         return bool(behind)
 
     def _check_alive(self) -> None:
@@ -242,12 +254,21 @@ class Daemon:
             raise CdcError("; ".join(f"{p.name}: {p.stopped_because or 'ended'}" for p in pipelines))
 
     def _join(self) -> None:
+        ends = time.monotonic() + self._config.stop_timeout
         for database in self._databases:
             for thread in (database.listener, *database.pipelines):
                 if thread is not None:
-                    thread.join()
+                    thread.join(max(0.0, ends - time.monotonic()))
             if database.keeper is not None:
                 database.keeper.stop()
+        self.stuck = [p.name for database in self._databases for p in database.pipelines if p.is_alive()]
+        if self.stuck:
+            log.error("Ending without sinks that hang.", extra={"fields": {"pipelines": ", ".join(self.stuck)}})
+
+
+def _watch(database: _Database, connection: Connection) -> None:
+    for pipeline in database.pipelines:
+        pipeline.note_stall(connection)
 
 
 def spare_the_collector() -> None:

@@ -392,6 +392,8 @@ def _shown_state(sink: SinkStatus, *, configured: bool) -> str:
         return "unknown"
     if sink.state == "stopped":
         return sink.state
+    if sink.paused and (sink.state == "paused" or not sink.served):
+        return "paused"
     return sink.state if sink.served and not is_silent(sink) else "down"
 
 
@@ -413,6 +415,9 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
             "last_error_at": None,
             "dead_letters": 0,
             "dropped": 0,
+            "parked": 0,
+            "paused": False,
+            "state_since": None,
             "owner": None,
         }
     return {
@@ -425,6 +430,9 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
         "last_error_at": _iso(sink.last_error_at),
         "dead_letters": sink.dead_letters,
         "dropped": sink.dropped,
+        "parked": sink.parked,
+        "paused": sink.paused,
+        "state_since": _iso(sink.state_since),
         "owner": sink.owner,
     }
 

@@ -9,6 +9,8 @@ takes its time. An idle beat writes nothing.
 House. The outbox's space is given back once it has been delivered and kept for `retention`; that it has grown beyond
 `outbox_alarm` is said aloud, with the sink that holds it. So is drift: a table of the configuration without its
 trigger, a trigger that is disabled or not the one the configuration wants, a captured table that it does not name.
+
+Watch. A pipeline whose sink does not return from a delivery cannot say so itself; the keeper says it in its stead.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Keeper(threading.Thread):
         retention: float,
         alarm: int,
         find_drift: Callable[[Connection], Sequence[str]] = lambda connection: (),
+        watch: Callable[[Connection], None] = lambda connection: None,
     ) -> None:
         """
         Args:
@@ -58,6 +61,7 @@ class Keeper(threading.Thread):
             retention: seconds events are kept after delivery.
             alarm: bytes above which the outbox is too large.
             find_drift: where the triggers differ from the configuration, one sentence each.
+            watch: looks after the pipelines, with every beat.
         """
         super().__init__(name=f"{database}/keeper", daemon=True)
         self._dsn = dsn
@@ -66,6 +70,7 @@ class Keeper(threading.Thread):
         self._retention = retention
         self._alarm = alarm
         self._find_drift = find_drift
+        self._watch = watch
         self.drift: Sequence[str] = ()
         """Where the triggers differed from the configuration, when they were last looked at."""
         self._stop_event = threading.Event()
@@ -100,6 +105,7 @@ class Keeper(threading.Thread):
                     reconcile_at = now + RECONCILING
                     self._reconcile(connection)
                 outbox.beat(connection)
+                self._watch(connection)
                 self._last_trouble = ""
 
     def _tidy_up(self, connection: Connection) -> None:

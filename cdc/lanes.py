@@ -6,7 +6,7 @@ through others; events of different lanes may be delivered side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cdc.event import Event, Op, join_object, split_row
 
@@ -24,6 +24,39 @@ def reach(event: Event) -> tuple[Table, frozenset[str]]:
         was = split_row(event.before.raw)
         keys.add(join_object({name: was.get(name, value) for name, value in split_row(event.key.raw).items()}))
     return table, frozenset(keys)
+
+
+class Held:
+    """What later events must wait behind: keys, and tables all of whose events must wait."""
+
+    def __init__(self) -> None:
+        self._keys: dict[Table, set[str]] = {}
+        self._closed: set[Table] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def add(self, event: Event) -> None:
+        """Let everything wait that must stay in order with this event."""
+        self.add_reach(*reach(event))
+
+    def add_reach(self, table: Table, keys: Collection[str]) -> None:
+        """The same, of an event that :func:`reach` has said this of."""
+        self._keys.setdefault(table, set()).update(keys)
+        if not keys:
+            self._closed.add(table)
+
+    def holds(self, event: Event) -> bool:
+        """Whether an event must wait. Of a table nothing is held of, that is found out without reading its images."""
+        source = event.source
+        if (source.database, source.schema_name, source.table) not in self._keys:
+            return False
+        return self.holds_reach(*reach(event))
+
+    def holds_reach(self, table: Table, keys: Collection[str]) -> bool:
+        """The same, of an event that :func:`reach` has said this of."""
+        held = self._keys.get(table)
+        return held is not None and (not keys or table in self._closed or not held.isdisjoint(keys))
 
 
 def lanes(batch: Sequence[Event]) -> list[list[int]]:

@@ -11,7 +11,6 @@ down.
 **Refusals.** The contract promises more than this version does. A key or a word that is not implemented is
 refused by name, never silently ignored, with one line in its model::
 
-    _filter = not_supported_yet("filter")
 
 The issue that implements it deletes that line.
 """
@@ -35,11 +34,16 @@ from pydantic import (
     model_validator,
 )
 
+from cdc import filters
+
 CaptureOp = Literal["insert", "update", "delete", "truncate"]
 """What a trigger can see."""
 
 EventOp = Literal["insert", "update", "delete", "truncate", "read"]
 """What an event can tell: everything captured, and ``read``, a row told of by a backfill."""
+
+FailurePolicy = Literal["dead_letter", "park_key", "stop"]
+"""What becomes of an event that can never be delivered."""
 
 ALL_CAPTURE_OPS: Final[tuple[CaptureOp, ...]] = get_args(CaptureOp)
 ALL_EVENT_OPS: Final[tuple[EventOp, ...]] = get_args(EventOp)
@@ -238,6 +242,21 @@ def matches(pattern: str, schema: str, table: str) -> bool:
     return table_part.matches(table) and schema_part.matches(schema)
 
 
+def like(pattern: str) -> tuple[str, str]:
+    """A pattern for SQL's LIKE, on the schema and on the table.
+
+    Raises:
+        ValueError: not a pattern.
+    """
+
+    def one(part: _Part) -> str:
+        text = re.sub(r"([\\%_])", r"\\\1", part.text)
+        return text.replace("*", "%").replace("?", "_") if part.glob else text
+
+    schema, table = _parts(pattern)
+    return one(schema), one(table)
+
+
 def _table_pattern(value: str) -> str:
     _parts(value)
     return value
@@ -285,7 +304,7 @@ class SinkOptions(StrictModel):
         databases: names of configured databases; None means all of them.
         tables: patterns of the tables whose events this sink wants.
         ops: the operations it wants.
-        filter: CEL expression over the event.
+        filter: CEL expression over the event; see `cdc.filters`.
         format: shape of the event on the wire.
         start: where a sink begins that has no position yet.
         batch: how much is handed over at once.
@@ -297,17 +316,15 @@ class SinkOptions(StrictModel):
     databases: Annotated[tuple[str, ...], Distinct] | None = None
     tables: Annotated[tuple[TablePattern, ...], Distinct] = ("*.*",)
     ops: Annotated[tuple[EventOp, ...], Distinct] = ALL_EVENT_OPS
-    filter: str | None = None
+    filter: Annotated[str, AfterValidator(filters.check)] | None = None
     format: Literal["native", "debezium", "cloudevents", "flat"] = "native"
     start: Literal["now", "earliest", "backfill"] = "now"
     batch: BatchOptions = BatchOptions()
     retry: RetryOptions = RetryOptions()
-    on_permanent_failure: Literal["dead_letter", "park_key", "stop"] = "dead_letter"
+    on_permanent_failure: FailurePolicy = "dead_letter"
 
-    _filter = not_supported_yet("filter")
     _format = not_supported_yet("format", except_for=("native",))
     _start = not_supported_yet("start", except_for=("now", "earliest"))
-    _on_permanent_failure = not_supported_yet("on_permanent_failure", except_for=("dead_letter", "stop"))
 
     def wants(self, database: str, schema: str, table: str, op: EventOp) -> bool:
         """Whether an event of this database, table and operation is to be delivered here."""

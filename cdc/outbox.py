@@ -75,6 +75,19 @@ class Claim:
     happened: Literal["promoted", "upgraded"] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What people want of a sink.
+
+    Attributes:
+        paused: it is to deliver nothing.
+        requests: grows whenever somebody touches its dead letters, or pauses or resumes it.
+    """
+
+    paused: bool
+    requests: int
+
+
 class Outbox:
     """One sink's place in the book of one database. Belongs to the thread of its connection."""
 
@@ -90,7 +103,8 @@ class Outbox:
         self._database = database
         self._sink = sink
         self._owner = owner
-        self._epoch: int | None = None
+        self.epoch: int | None = None
+        """The number of our claim."""
         self._tables: dict[int, CapturedTable] = {}
         self._decoder = Decoder(database, self._table, self._primary_key)
 
@@ -114,12 +128,17 @@ class Outbox:
             "process": self._owner.process,
             "patience": LEASE,
         }
-        self._epoch, happened = self._connection.query(QUERIES["take"], parameters)[0]
-        return None if self._epoch is None else Claim(self._epoch, happened)
+        self.epoch, happened = self._connection.query(QUERIES["take"], parameters)[0]
+        return None if self.epoch is None else Claim(self.epoch, happened)
 
-    def confirm(self) -> None:
-        """Make sure that the sink is still ours, and the connection alive. Raises as :meth:`next_batch`."""
-        self._owned(QUERIES["confirm"], {"sink": self._sink, "epoch": self._epoch}, deadline=CONFIRM_DEADLINE)
+    def confirm(self) -> Wishes:
+        """Make sure that the sink is still ours, and the connection alive. Raises as :meth:`next_batch`.
+
+        Returns:
+            What people want of it.
+        """
+        parameters: dict[str, object] = {"sink": self._sink, "epoch": self.epoch}
+        return Wishes(*self._owned(QUERIES["confirm"], parameters, deadline=CONFIRM_DEADLINE))
 
     def next_batch(self, acked: int | None, *, events: int, bytes_: int) -> Batch | None:
         """Acknowledge what came before and read the next page, in one round trip that commits before it returns.
@@ -138,7 +157,7 @@ class Outbox:
         """
         parameters: dict[str, object] = {
             "sink": self._sink,
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "acked": acked,
             "events": events,
             "bytes": bytes_,
@@ -170,29 +189,23 @@ class Outbox:
 
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""
-        self._owned(QUERIES["acknowledge"], {"sink": self._sink, "epoch": self._epoch, "acked": acked})
+        self._owned(QUERIES["acknowledge"], {"sink": self._sink, "epoch": self.epoch, "acked": acked})
 
     def set_state(self, state: str, error: str | None = None) -> None:
         """Say what the sink is doing, for `cdc status`. Raises as :meth:`next_batch`."""
-        parameters: dict[str, object] = {"sink": self._sink, "epoch": self._epoch, "state": state, "error": error}
+        parameters: dict[str, object] = {"sink": self._sink, "epoch": self.epoch, "state": state, "error": error}
         self._owned(QUERIES["set_state"], parameters)
 
     def add_dropped(self, number: int) -> None:
         """Count ephemeral changes that were not delivered. Raises as :meth:`next_batch`, except Fenced."""
-        self._connection.execute(QUERIES["add_dropped"], {"sink": self._sink, "epoch": self._epoch, "dropped": number})
+        self._connection.execute(QUERIES["add_dropped"], {"sink": self._sink, "epoch": self.epoch, "dropped": number})
 
-    def add_dead_letter(self, event: Event | Unreadable, reason: str) -> None:
-        """Set an event aside for good, with the reason. Raises as :meth:`next_batch`."""
-        text = event.to_json() if isinstance(event, Event) else event.text
-        self._connection.execute(
-            QUERIES["add_dead_letter"],
-            {"sink": self._sink, "event_id": event.id, "event": text, "reason": reason},
-        )
-
-    def _owned(self, query: str, parameters: dict[str, object], *, deadline: float | None = None) -> None:
+    def _owned(self, query: str, parameters: dict[str, object], *, deadline: float | None = None) -> tuple[Any, ...]:
         """Run a query that returns a row if the sink is ours."""
-        if not self._connection.query(query, parameters, deadline=deadline):
+        rows = self._connection.query(query, parameters, deadline=deadline)
+        if not rows:
             raise Fenced(f"sink {self._sink} is served by another daemon")
+        return rows[0]
 
     # -- what decoding asks for ---------------------------------------------------------------------------------
 
@@ -237,6 +250,16 @@ def beat(connection: Connection) -> None:
     connection.query(QUERIES["beat"])
 
 
+def note_stall(connection: Connection, sink: str, *, epoch: int, seconds: float) -> None:
+    """Say, in the owner's stead, that a sink has not returned for so many seconds. Raises as :func:`register_sink`."""
+    connection.query(QUERIES["note_stall"], {"sink": sink, "epoch": epoch, "seconds": seconds})
+
+
+def set_state(connection: Connection, sink: str, *, epoch: int, state: str) -> None:
+    """Say, in the owner's stead, what a sink is doing. Raises as :func:`register_sink`."""
+    connection.query(QUERIES["set_state"], {"sink": sink, "epoch": epoch, "state": state, "error": None})
+
+
 def register_sink(connection: Connection, sink: str, *, start: str) -> bool:
     """Give a sink its first position, ``now`` or ``earliest``; False when it has one already.
 
@@ -279,6 +302,26 @@ def forget_sink(connection: Connection, sink: str, *, dead_letters: bool) -> Non
         raise CdcError(f"sink {sink} is served by {owner} (stop that daemon, or let it have the new configuration)")
 
 
+def set_paused(connection: Connection, sink: str, *, paused: bool) -> bool:
+    """Let a sink deliver nothing, or go on; its daemon notices within seconds. Raises as :func:`register_sink`.
+
+    Returns:
+        False when the sink has no position.
+    """
+    return bool(connection.query(QUERIES["set_paused"], {"sink": sink, "paused": paused}))
+
+
+def attendance(connection: Connection, sink: str) -> tuple[str | None, bool] | None:
+    """Who serves a sink, and whether it is paused; None: it has no position. Raises as :func:`register_sink`."""
+    rows = connection.query(QUERIES["attendance"], {"sink": sink})
+    return (rows[0][0], rows[0][1]) if rows else None
+
+
+def ring(connection: Connection, channel: str) -> None:
+    """Let every pipeline of the database look, and ask what is wanted of it. Raises as :func:`register_sink`."""
+    connection.query(QUERIES["ring_self"], {"channel": channel, "nonce": ""})
+
+
 def moved_sinks(connection: Connection) -> list[str]:
     """Sinks whose position was taken in another cluster and says nothing here. Raises as :func:`register_sink`."""
     return [row[0] for row in connection.query(QUERIES["moved_sinks"])]
@@ -305,12 +348,15 @@ class SinkStatus:
 
     Attributes:
         state: what its last pipeline said of itself; see the head of :mod:`cdc.pipeline`.
+        state_since: when that began.
+        paused: whether it is to deliver nothing.
         served: whether a daemon serves it now.
         silent_for: seconds since that daemon was last heard of; None where our role may not see it.
         pending: events not delivered yet, those it will filter out included; at most `PENDING_CAP`.
         capped: whether there are more than that.
         lag: seconds since the oldest pending event was recorded; 0 when nothing is pending.
         dead_letters: events set aside.
+        parked: those of them that let later events of their key wait.
         dropped: ephemeral changes it was not given.
     """
 
@@ -327,6 +373,9 @@ class SinkStatus:
     lag: float
     dead_letters: int
     dropped: int
+    parked: int
+    paused: bool
+    state_since: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +423,9 @@ def sink_statuses(connection: Connection) -> list[SinkStatus]:
                 lag=max(lag or 0.0, 0.0),
                 dead_letters=counts[0],
                 dropped=counts[1],
+                parked=counts[2],
+                paused=counts[3],
+                state_since=counts[4],
             )
         )
     return statuses

@@ -4,9 +4,11 @@ Guarantees, given that the outbox hands out each key's events in order and repea
 
 * an event is acknowledged only after the sink has returned from delivering it, or after it was stored as a dead
   letter, or when the sink's configuration does not want it;
-* while an event is being retried nothing later of its key is delivered. After a partial failure the rest of the
-  batch goes again from the first failed event of each failed key, even where the sink had taken a later one;
-* a sink that is slow, down or broken holds back nobody else: the thread, the connection and the position are its own;
+* while an event is being retried nothing later of its key is delivered (:mod:`cdc.delivery` tells of one attempt);
+* what became of events that cannot be delivered, and how they come back, is told in :mod:`cdc.fates`. Before dead
+  letters are delivered all that was delivered of the stream is acknowledged: it does not come again after them;
+* a sink that is slow, down, hanging or broken holds back nobody else: the thread, the connection and the position are
+  its own;
 * a daemon that was stopped and continued asks, before it delivers, whether the sink is still its own (stopped again
   right after the answer, it delivers one batch twice), and acknowledges nothing once another has taken over: every
   acknowledgement names the epoch.
@@ -14,15 +16,22 @@ Guarantees, given that the outbox hands out each key's events in order and repea
 Ephemeral changes (``delivery: ephemeral``) come from the listener, are delivered between two batches and never twice:
 what fails is dropped, and counted.
 
+What people want of the sink (``cdc sinks pause``, ``cdc dead-letters replay``) stands in the database. The pipeline
+asks when it makes sure that the sink is still its own: at most once a second, at least every `HEARTBEAT` seconds.
+
 States, as `cdc status` shows them::
 
     waiting ──claimed──▶ running ◀──────────▶ retrying        (transient failure, for ever)
-       ▲                    │    ◀──────────▶ dropping        (ephemeral changes are lost because the sink fails)
+       ▲                    │    ◀──────────▶ paused          (somebody said so; also out of retrying)
+       │                    │    ◀──────────▶ stalled         (the sink does not return from a delivery)
+       │                    │    ◀──────────▶ dropping        (ephemeral changes are lost because the sink fails)
        └── connection lost ─┴──▶ stopped                      (disabled, or a permanent failure under `stop`)
 
 On each failure: no connection, or a lost one: reconnect with back-off and read the same window again. Fenced (another
 daemon took over): forget everything and wait until the sink is free. An exception nobody expected: logged with its
-traceback, treated as transient. A stop request ends waits and retries; what was delivered until then is acknowledged.
+traceback, treated as transient. A sink that does not return: nothing can be done but say so (the keeper does, this
+thread hangs); the daemon ends without it when it is told to stop. A stop request ends waits and retries; what was
+delivered until then is acknowledged.
 """
 
 from __future__ import annotations
@@ -31,13 +40,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from cdc import crashpoints
-from cdc.bell import HEARTBEAT, Bell, Sleeper
+from cdc import outbox as book
+from cdc.bell import HEARTBEAT, INBOX_EVENTS, Bell, Sleeper
 from cdc.connection import Connection
+from cdc.dead_letters import Letters
 from cdc.decoding import Unreadable
+from cdc.delivery import Fate, attempt
 from cdc.errors import (
     CdcError,
     DatabaseError,
@@ -50,7 +62,8 @@ from cdc.errors import (
     TransientFailure,
 )
 from cdc.event import Event, Route
-from cdc.lanes import Table, reach
+from cdc.fates import Replay, Stream
+from cdc.filters import Filter
 from cdc.options import SinkOptions
 from cdc.outbox import Batch, Outbox, Owner, join_process
 from cdc.retry import keep_alive, retrying
@@ -63,6 +76,10 @@ STANDBY_INTERVAL = 1.0
 CONFIRM_AFTER = 2.0
 """Seconds without a word from the database after which a pipeline makes sure that the sink is still its own before it
 delivers; well below the lease after which another daemon may take it."""
+ASK_AFTER = 1.0
+"""Seconds after which a pipeline that is at work asks anew what people want of its sink."""
+STALLED_AFTER = 5.0
+"""Seconds in one delivery after which a sink counts as stalled."""
 SMALLEST_SHARE = 1 / 256
 """Of a batch's limits, as long as pages are lost on the way again and again."""
 ROUTES = 10_000
@@ -78,6 +95,7 @@ class Pipeline(threading.Thread):
         database, sink: their names in the configuration.
         state: as in the head of this module.
         stopped_because: why the pipeline has ended by itself, or None.
+        filtered: events read and not wanted by the sink's configuration, so far.
     """
 
     def __init__(
@@ -96,17 +114,28 @@ class Pipeline(threading.Thread):
         self.sink = sink.name
         self.state = "waiting"
         self.stopped_because: str | None = None
+        self.filtered = 0
         self._dsn = dsn
         self._sink = sink
         self._options: SinkOptions = sink.options
         self._bell = bell
         self._stop_event = stop
         self._owner = owner
-        self._on_delivered = on_delivered
+        self._told: Callable[[Sequence[Event]], None] = on_delivered or (lambda events: None)
+        self._filter = Filter(self._options.filter) if self._options.filter is not None else None
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
         self._wants_route = lru_cache(maxsize=ROUTES)(self._decide)
         self._share = 1.0  # of a batch's limits, which a slow line may be too slow for
         self._heard_at = 0.0
+        self._asked_at = 0.0
+        self._paused = False
+        self._epoch = 0
+        self._letters: Letters
+        self._stream: Stream
+        self._replay: Replay | None = None
+        self._stall = threading.Lock()  # what the keeper's thread may look at and set
+        self._busy_since: float | None = None
+        self._before_stall = ""
         self._failed = 0  # ephemeral changes the sink did not take
         self._counted = 0  # dropped changes the database knows of
         self._counted_at = 0.0
@@ -131,7 +160,10 @@ class Pipeline(threading.Thread):
                 if self._stop_event.wait(STANDBY_INTERVAL):
                     return
             crashpoints.reached("after-claim")
-            self._heard()
+            self._epoch = claim.epoch
+            self._letters = Letters(connection, database=self.database, sink=self.sink, epoch=claim.epoch)
+            self._stream = Stream(self._letters, self._options.on_permanent_failure, self._told, self._fields)
+            self._replay = None
             self._last_loss = ""
             log.info("Serving.", extra=self._fields(owner=self._owner.name, epoch=claim.epoch))
             if claim.happened == "promoted":
@@ -145,7 +177,10 @@ class Pipeline(threading.Thread):
                 log.warning("The database was moved by pg_upgrade; its positions are still good.", extra=self._fields())
             self._bell.join(self._sleeper)
             try:
-                self._guarded(outbox, self._sink.open)
+                self._letters.look()
+                self._ask(outbox)
+                self._wait_while_paused(outbox)
+                self._guarded(outbox, self._watched, outbox, self._sink.open)
                 self._loop(outbox)
             except SinkDisabled as error:
                 self.stopped_because = str(error)
@@ -172,31 +207,55 @@ class Pipeline(threading.Thread):
         acked: int | None = None
         is_time = True
         while not self._stop_event.is_set():  # a stop request that comes later ends the next rest
+            if self._paused:
+                self._acknowledge(outbox, acked)
+                acked = None
+                self._wait_while_paused(outbox)
+                is_time = True
+                continue
+            if self._letters.replaying:
+                self._acknowledge(outbox, acked)
+                acked = None
+                if not self._replay_some(outbox):
+                    return
+                is_time = True
+            lively = self._sleeper.called
             if is_time:
-                self._bell.looking(self._sleeper)
-                if acked is not None:
-                    crashpoints.reached("before-acknowledge")
-                batch = self._read(outbox, acked)
-                crashpoints.reached("after-read")
-                self._heard()
-                if self.state != "dropping":
-                    self._become(outbox, "running")
-                if batch is None:
-                    acked = None
-                    self._bell.found_nothing(self._sleeper)
-                else:
-                    self._bell.found(self._sleeper, full=batch.full)
+                batch = self._look(outbox, acked)
+                acked = None
+                if batch is not None:
+                    lively = True
                     if not self._process(outbox, batch):
                         return
                     acked = batch.last_seq
                     if not batch.full:
                         self._bell.pace(self._sleeper)
             self._pass_on(outbox)
-            is_time = self._bell.rest(self._sleeper)
-            if not is_time and self._silent_for() >= HEARTBEAT:
-                outbox.confirm()
-                self._heard()
+            if not self._letters.replaying:
+                is_time = self._bell.rest(self._sleeper)
+            if self._unasked_for() >= (ASK_AFTER if lively else HEARTBEAT):
+                self._ask(outbox)
         crashpoints.reached("draining")
+        self._acknowledge(outbox, acked)
+
+    def _look(self, outbox: Outbox, acked: int | None) -> Batch | None:
+        """Acknowledge, and look into the book."""
+        self._bell.looking(self._sleeper)
+        if acked is not None:
+            crashpoints.reached("before-acknowledge")
+        batch = self._read(outbox, acked)
+        crashpoints.reached("after-read")
+        self._heard()
+        if self.state != "dropping":
+            self._become(outbox, "running")
+        if batch is None:
+            self._bell.found_nothing(self._sleeper)
+        else:
+            self._bell.found(self._sleeper, full=batch.full)
+        return batch
+
+    def _acknowledge(self, outbox: Outbox, acked: int | None) -> None:
+        """Store how far we have got, where no batch is read that would say so along with it."""
         if acked is not None:
             outbox.acknowledge(acked)
             crashpoints.reached("after-acknowledge")
@@ -217,16 +276,44 @@ class Pipeline(threading.Thread):
 
     def _process(self, outbox: Outbox, batch: Batch) -> bool:
         """Get a batch off our hands; False when stopped before all of it was."""
+        chosen: list[Event] = []
         for event in batch.events:
-            if isinstance(event, Unreadable):
-                self._set_aside(outbox, event, event.reason)
-        wanted = [event for event in batch.events if isinstance(event, Event) and self._wants(event)]
-        while wanted:
             try:
-                wanted = self._guarded(outbox, self._attempt, outbox, wanted)
+                if isinstance(event, Event) and self._chooses(event):
+                    chosen.append(event)
+                    continue
+            except PermanentFailure as error:
+                failure = error
+            else:
+                if isinstance(event, Event):
+                    self.filtered += 1
+                    continue
+                failure = PermanentFailure(event.reason)
+            # What came before it goes first: it may be of the same key.
+            if not self._deliver(outbox, chosen, self._stream):
+                return False
+            chosen = []
+            if isinstance(event, Unreadable):
+                self._stream.refused_text(event.id, event.seq, event.text, event.reason)
+            else:
+                self._stream.refused(event, failure)
+        return self._deliver(outbox, chosen, self._stream)
+
+    def _deliver(self, outbox: Outbox, events: list[Event], fate: Fate) -> bool:
+        """Get events off our hands, as often as it takes; False when stopped before all of them were."""
+        while events:
+            try:
+                again = self._guarded(outbox, attempt, partial(self._hand_over, outbox), events, fate)
             except TransientFailure:
                 return False
+            if again:
+                log.warning("Part of a batch failed; delivering the rest again.", extra=self._fields(events=len(again)))
+            events = again
         return True
+
+    def _chooses(self, event: Event) -> bool:
+        """Whether an event is to be delivered. Raises PermanentFailure when that cannot be said."""
+        return self._wants(event) and (self._filter is None or self._filter.passes(event))
 
     def _wants(self, event: Event) -> bool:
         return self._wants_route(event.route)
@@ -250,7 +337,7 @@ class Pipeline(threading.Thread):
             self._count_dropped(outbox)
             crashpoints.reached("in-back-off")
 
-        def attempt() -> Any:
+        def act() -> Any:
             try:
                 return action(*arguments)
             except (DeliveryError, DatabaseError):
@@ -261,94 +348,121 @@ class Pipeline(threading.Thread):
 
         options = self._options.retry
         attempts = retrying(
-            TransientFailure, initial=options.initial, maximum=options.max, stop=self._stop_event, before_sleep=failed
+            TransientFailure,
+            initial=options.initial,
+            maximum=options.max,
+            stop=self._stop_event,
+            before_sleep=failed,
+            sleep=partial(self._back_off, outbox),
         )
-        result = attempts(attempt)
+        result = attempts(act)
         if self.state == "retrying":
             log.info("The sink works again.", extra=self._fields())
             self._bell.step_in(self._sleeper)
             self._become(outbox, "running")
         return result
 
-    def _attempt(self, outbox: Outbox, batch: list[Event]) -> list[Event]:
-        """Deliver what can be delivered of a batch.
+    def _hand_over(self, outbox: Outbox, events: list[Event]) -> None:
+        """Give the sink a list of its own. Raises as :meth:`cdc.sinks.base.Sink.deliver`, and DatabaseError."""
+        if self._silent_for() > CONFIRM_AFTER:
+            self._ask(outbox)  # whether the sink is still ours
+        crashpoints.reached("before-deliver")
+        self._watched(outbox, self._sink.deliver, events)
+        crashpoints.reached("after-deliver")
 
-        Returns:
-            What must be delivered again, in order.
+    def _replay_some(self, outbox: Outbox) -> bool:
+        """Deliver the next dead letters that were asked for; False when stopped before all of them were."""
+        while True:
+            replay = self._replay
+            if replay is None or replay.looks != self._letters.looks:
+                replay = self._replay = Replay(
+                    self._letters, self._chooses, self._options.batch, self._told, self._fields
+                )
+            events = replay.next_page()
+            if events is None:
+                self._replay = None
+                self._letters.look()
+                return True
+            crashpoints.reached("before-replay")
+            if not self._deliver(outbox, events, replay):
+                return False
+            if not replay.catching_up:
+                return True
+
+    def _back_off(self, outbox: Outbox, seconds: float) -> None:
+        """Wait for the next attempt, and for as long as the sink is paused."""
+        ends = time.monotonic() + seconds
+        while not self._stop_event.is_set() and (left := ends - time.monotonic()) > 0:
+            self._stop_event.wait(min(left, HEARTBEAT))
+            if self._unasked_for() >= ASK_AFTER:
+                self._ask(outbox)
+            if self._paused:
+                self._wait_while_paused(outbox)
+                return
+
+    def _watched(self, outbox: Outbox, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something with the sink that may hang, while the keeper watches."""
+        self._busy_since = time.monotonic()
+        try:
+            return action(*arguments)
+        finally:
+            with self._stall:
+                self._busy_since = None
+                stalled = self.state == "stalled"
+            if stalled:
+                log.info("The sink has returned.", extra=self._fields())
+                self._bell.step_in(self._sleeper)
+                self._become(outbox, self._before_stall)
+
+    def note_stall(self, connection: Connection) -> None:
+        """Say so if the sink does not return from a delivery; for the keeper's thread.
 
         Raises:
-            TransientFailure: nothing was delivered; SinkDisabled; DatabaseError.
+            DatabaseError: see :meth:`cdc.connection.Connection.query`.
         """
-        self._make_sure(outbox)
-        try:
-            crashpoints.reached("before-deliver")
-            self._sink.deliver(list(batch))  # whatever the sink does with its list, ours stays
-            crashpoints.reached("after-deliver")
-        except PermanentFailure as error:
-            if len(batch) > 1:
-                # At least one of them is the culprit: halves find it in few deliveries, in order.
-                middle = len(batch) // 2
-                again = self._attempt(outbox, batch[:middle])
-                return again + batch[middle:] if again else self._attempt(outbox, batch[middle:])
-            self._give_up(outbox, batch[0], error)
-        except PartialFailure as error:
-            return self._sort_out(outbox, batch, error)
-        else:
-            if self._on_delivered:
-                self._on_delivered(batch)
-        return []
-
-    def _sort_out(self, outbox: Outbox, batch: list[Event], error: PartialFailure) -> list[Event]:
-        held: dict[Table, set[str]] = {}  # table → keys that wait
-        closed: set[Table] = set()  # tables of which an event without a key waits
-        again: list[Event] = []
-        transient: TransientFailure | None = None
-        for index, event in enumerate(batch):
-            failure = error.failures.get(index)
-            if isinstance(failure, PermanentFailure):
-                self._give_up(outbox, event, failure)
-                continue
-            table, keys = reach(event)
-            waits = table in closed or (table in held and (not keys or not keys.isdisjoint(held[table])))
-            if isinstance(failure, TransientFailure):
-                transient = failure
-            elif not waits:
-                if self._on_delivered:
-                    self._on_delivered([event])
-                continue
-            again.append(event)
-            held.setdefault(table, set()).update(keys)
-            if not keys:
-                closed.add(table)
-        if transient is not None and len(again) == len(batch):
-            raise transient  # nothing moved: wait before the next attempt
-        if transient is not None:
-            # Something moved, so this is progress; the failed ones wait their turn in the next attempt.
-            log.warning("Part of a batch failed; delivering the rest again.", extra=self._fields(events=len(again)))
-        return again
-
-    def _give_up(self, outbox: Outbox, event: Event, error: PermanentFailure) -> None:
-        if self._options.on_permanent_failure == "stop":
-            raise SinkDisabled(f"event {event.id} can never be delivered: {error}")
-        self._set_aside(outbox, event, str(error))
-
-    def _set_aside(self, outbox: Outbox, event: Event | Unreadable, reason: str) -> None:
-        outbox.add_dead_letter(event, reason)
-        crashpoints.reached("after-dead-letter")
-        log.error("An event became a dead letter.", extra=self._fields(event_id=event.id, error=reason))
+        since = self._busy_since
+        if since is None or self.state == "stalled" or (seconds := time.monotonic() - since) < STALLED_AFTER:
+            return
+        book.note_stall(connection, self.sink, epoch=self._epoch, seconds=seconds)
+        with self._stall:
+            if stalled := self._busy_since == since:
+                self._before_stall, self.state = self.state, "stalled"
+        if stalled:
+            self._bell.step_out(self._sleeper)  # the others may sleep
+            log.warning("The sink does not return.", extra=self._fields(seconds=round(seconds)))
+        else:  # it has, meanwhile
+            book.set_state(connection, self.sink, epoch=self._epoch, state=self.state)
 
     # -- ephemeral changes --------------------------------------------------------------------------------------
 
     def _pass_on(self, outbox: Outbox) -> None:
         """Deliver what the listener has handed over, once."""
         while not self._stop_event.is_set() and (events := self._sleeper.inbox.take(self._options.batch.events)):
-            self._make_sure(outbox)
-            self._pass_batch_on(outbox, events)
+            if self._silent_for() > CONFIRM_AFTER:
+                self._ask(outbox)
+            self._pass_batch_on(outbox, self._passing(outbox, events))
         self._count_dropped(outbox)
 
+    def _passing(self, outbox: Outbox, events: list[Event]) -> list[Event]:
+        """Those that the filter lets pass."""
+        if self._filter is None:
+            return events
+        passing: list[Event] = []
+        for event in events:
+            try:
+                if self._filter.passes(event):
+                    passing.append(event)
+                else:
+                    self.filtered += 1
+            except PermanentFailure as error:
+                self._drop(outbox, 1, str(error))
+        return passing
+
     def _pass_batch_on(self, outbox: Outbox, batch: list[Event]) -> None:
+        if not batch:
+            return
         try:
-            self._sink.deliver(list(batch))
+            self._watched(outbox, self._sink.deliver, list(batch))
         except SinkDisabled:
             raise
         except PermanentFailure as error:
@@ -369,8 +483,7 @@ class Pipeline(threading.Thread):
             if self.state == "dropping":
                 log.info("The sink works again.", extra=self._fields())
                 self._become(outbox, "running")
-            if self._on_delivered:
-                self._on_delivered(batch)
+            self._told(batch)
 
     def _drop(self, outbox: Outbox, number: int, error: str) -> None:
         self._failed += number
@@ -395,11 +508,42 @@ class Pipeline(threading.Thread):
     def _silent_for(self) -> float:
         return _now() - self._heard_at
 
-    def _make_sure(self, outbox: Outbox) -> None:
-        """Before delivering: unless the database has just said so, ask whether the sink is still ours."""
-        if self._silent_for() > CONFIRM_AFTER:
-            outbox.confirm()
-            self._heard()
+    # -- what people want ---------------------------------------------------------------------------------------
+
+    def _ask(self, outbox: Outbox) -> bool:
+        """Ask the database whether the sink is still ours, and what people want of it; returns whether it is paused."""
+        wishes = outbox.confirm()
+        self._heard()
+        self._asked_at = time.monotonic()
+        self._paused = wishes.paused
+        if wishes.requests != self._letters.requests:
+            self._letters.look()
+        return wishes.paused
+
+    def _unasked_for(self) -> float:
+        return time.monotonic() - self._asked_at
+
+    def _wait_while_paused(self, outbox: Outbox) -> None:
+        """While the sink is paused do nothing but look whether it still is. Its ephemeral changes are dropped."""
+        if not self._paused or self._stop_event.is_set():
+            return
+        before = "retrying" if self.state == "retrying" else "running"
+        log.info("The sink is paused.", extra=self._fields())
+        self._bell.step_out(self._sleeper)
+        self._become(outbox, "paused")
+        paused = True
+        while paused and not self._stop_event.is_set():
+            self._sleeper.woken.wait(HEARTBEAT)
+            self._stop_event.wait(max(0.0, ASK_AFTER - self._unasked_for()))
+            self._sleeper.woken.clear()
+            self._failed += len(self._sleeper.inbox.take(INBOX_EVENTS))
+            self._count_dropped(outbox)
+            paused = self._ask(outbox)
+        if not paused:
+            log.info("The sink is resumed.", extra=self._fields())
+            self._become(outbox, before)
+        if before == "running":
+            self._bell.step_in(self._sleeper)
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ def retrying(
     maximum: float,
     stop: threading.Event,
     before_sleep: Callable[[BaseException, float], None],
+    sleep: Callable[[float], None] | None = None,
 ) -> Retrying:
     """A tenacity loop that retries `errors` until it succeeds or `stop` is set.
 
@@ -38,6 +39,7 @@ def retrying(
         maximum: seconds no wait exceeds, not even one a sink asked for with retry_after.
         stop: ends the waiting.
         before_sleep: told of every failure and of the seconds until the next attempt.
+        sleep: waits so many seconds, in place of waiting for `stop`.
     """
     # Not wait_exponential_jitter: tenacity 9.2 renamed its arguments and warns of the old names.
     back_off = wait_exponential(multiplier=initial, max=maximum) + wait_random(0, initial)
@@ -56,7 +58,7 @@ def retrying(
         retry=retry_if_exception_type(errors),
         wait=wait,
         stop=stop_when_event_set(stop),
-        sleep=sleep_using_event(stop),
+        sleep=sleep or sleep_using_event(stop),
         before_sleep=tell,
         reraise=True,
     )

@@ -16,6 +16,7 @@ import click
 from cdc import config as configuration
 from cdc.cli.app import App
 from cdc.cli.check import check
+from cdc.cli.dead_letters import dead_letters
 from cdc.cli.demo import demo
 from cdc.cli.logs import set_up_logging
 from cdc.cli.migrate import migrate
@@ -67,5 +68,5 @@ def main(context: click.Context, path: Path | None, log_level: str | None, log_f
     context.obj = App(lambda: configuration.find(path, os.environ), os.environ, log_level, log_format)
 
 
-for _command in (check, demo, migrate, rebase, run, sinks, status, uninstall):
+for _command in (check, dead_letters, demo, migrate, rebase, run, sinks, status, uninstall):
     main.add_command(_command)

@@ -10,7 +10,9 @@ import click
 from cdc import crashpoints
 from cdc.cli.app import App, pass_app
 from cdc.cli.migrate import migrate_all
+from cdc.cli.terminal import EXIT_FAILURE
 from cdc.daemon import Daemon
+from cdc.errors import CdcError
 
 
 @click.command()
@@ -20,16 +22,24 @@ from cdc.daemon import Daemon
 def run(app: App, first_migrate: bool, until_idle: bool) -> None:
     """Deliver changes to the sinks until stopped.
 
-    SIGTERM or SIGINT finishes and acknowledges what is in flight; a second one ends at once.
+    SIGTERM or SIGINT finishes and acknowledges what is in flight, within stop_timeout; a second one ends at once.
     """
     if spec := os.environ.get("CDC_CRASH_AT"):
         try:
             crashpoints.arm(spec)
         except ValueError as error:
             raise click.UsageError(f"CDC_CRASH_AT: {error}") from None
-    with app.places() as places:
-        if first_migrate and migrate_all(app, places, list(places), all_on_stderr=True):
-            sys.exit(1)
-        daemon = Daemon(app.config, {name: place.dsn for name, place in places.items()})
-        daemon.handle_signals()
-        daemon.run(until_idle=until_idle)
+    daemon = None
+    try:
+        with app.places() as places:
+            if first_migrate and migrate_all(app, places, list(places), all_on_stderr=True):
+                sys.exit(1)
+            daemon = Daemon(app.config, {name: place.dsn for name, place in places.items()})
+            daemon.handle_signals()
+            daemon.run(until_idle=until_idle)
+    except CdcError as error:
+        if daemon is None or not daemon.stuck:
+            raise
+        # A thread that hangs in somebody's library may keep Python from ending, and what it holds would not be missed.
+        click.echo(f"error: {error}", err=True)
+        os._exit(EXIT_FAILURE)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cdc import diagnosis
 from cdc.cli.app import App, pass_app
-from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain
+from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain, print_table
 from cdc.diagnosis import DatabaseStatus, SinkLine, is_silent
 from cdc.outbox import OpenTransaction
 
@@ -25,7 +25,7 @@ LONG_OPEN = 5.0
 QUEUE_IS_FILLING = 0.1
 """Fill of the notification queue that is worth a line."""
 
-_STYLES = {"running": "green", "waiting": "cyan", "new": "cyan", "unknown": "yellow"}
+_STYLES = {"running": "green", "waiting": "cyan", "new": "cyan", "unknown": "yellow", "paused": "yellow"}
 _BAD = "bold red"
 _COLUMNS = ("database", "sink", "state", "pending", "lag", "last delivery", "dead letters", "owner")
 _NUMBERS = ("pending", "lag", "last delivery", "dead letters")
@@ -38,9 +38,9 @@ _NUMBERS = ("pending", "lag", "last delivery", "dead letters")
 def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
     """Show every sink's state, pending events and lag, and what holds delivery back.
 
-    A sink is running, retrying, dropping (ephemeral changes, because it fails) or stopped, as its daemon says; down: no
-    daemon serves it; new: it has no position yet; unknown: the configuration no longer has it. Exit code 69 when a
-    database cannot be reached.
+    A sink is running, retrying, dropping (ephemeral changes, because it fails), stalled (in one delivery for long),
+    paused or stopped, as its daemon says; down: no daemon serves it; new: it has no position yet; unknown: the
+    configuration no longer has it. Exit code 69 when a database cannot be reached.
     """
     selected = app.select(names)
     with app.places(selected) as places:
@@ -83,14 +83,7 @@ def _print_table(rows: list[tuple[str, str, SinkLine]], out: Console, now: datet
             ]
         state = plain(line.state, _STYLES.get(line.state, _BAD))
         table.add_row(plain(name), plain(sink), state, *(plain(cell) for cell in cells))
-    if out.is_terminal:
-        out.print(table)
-        return
-    # Rich fills the last column up; in a pipe that is rubbish at the end of the line.
-    with out.capture() as capture:
-        out.print(table)
-    for text in capture.get().splitlines():
-        out.print(plain(text.rstrip()))
+    print_table(table, out)
 
 
 def _summary(database: DatabaseStatus) -> str:
@@ -119,12 +112,12 @@ def _notes(database: DatabaseStatus, now: datetime) -> Iterator[str]:
     if oldest is not None and (oldest.age is None or oldest.age > LONG_OPEN):
         yield _open_transaction(oldest)
     for sink, line in database.sinks.items():
-        text = _about(line, now)
+        text = _about(sink, line, now)
         if text:
             yield f"{sink}: {text}"
 
 
-def _about(line: SinkLine, now: datetime) -> str | None:
+def _about(sink: str, line: SinkLine, now: datetime) -> str | None:
     detail = line.detail
     if detail is None:
         return "new: it has no position yet and gets one from cdc migrate or cdc run"
@@ -138,11 +131,20 @@ def _about(line: SinkLine, now: datetime) -> str | None:
     explained = {
         "down": silent if is_silent(detail) else f"down: no daemon serves it (start cdc run{served_by})",
         "stopped": "stopped: it takes nothing more (mend the cause, then restart cdc run)",
+        "paused": f"paused: nothing is delivered until cdc sinks resume {sink}"
+        + ("" if detail.served else "; no daemon serves it"),
+        "stalled": "stalled: it has not returned from a delivery for "
+        f"{age((now - detail.state_since).total_seconds())} (its destination hangs, or is very slow)",
         "unknown": "unknown: the configuration no longer has it, and its position keeps the outbox from being given "
         "back (cdc sinks forget, if it is not coming back)",
     }.get(line.state, line.state if error and line.state != "running" else "")
     dropped = f"{detail.dropped} ephemeral changes were dropped so far" if detail.dropped else ""
-    return "; ".join(filter(None, (explained, error, dropped))) or None
+    parked = (
+        f"later events of their keys wait behind {detail.parked} dead letters (cdc dead-letters list {sink})"
+        if detail.parked
+        else ""
+    )
+    return "; ".join(filter(None, (explained, error, parked, dropped))) or None
 
 
 def _open_transaction(oldest: OpenTransaction) -> str:

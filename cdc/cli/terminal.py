@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 EXIT_FAILURE = 1
@@ -23,6 +24,17 @@ def console() -> Console:
 def plain(text: str, style: str = "") -> Text:
     """Text from a database or a sink, as it is: no markup, no control characters."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style)
+
+
+def print_table(table: Table, out: Console) -> None:
+    """Print a table; in a pipe without the rubbish that Rich fills the last column up with."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as capture:
+        out.print(table)
+    for text in capture.get().splitlines():
+        out.print(plain(text.rstrip()))
 
 
 def age(seconds: float) -> str:

@@ -228,11 +228,13 @@ class Config(StrictModel):
         sinks: name → options of the model its type names, a subclass of `SinkOptions`; at least one.
         http: metrics, health and console.
         log: what is logged and in which shape.
+        stop_timeout: seconds for which a sink that does not return is waited for when the daemon is told to stop.
     """
 
     databases: dict[Name, DatabaseConfig] = Field(min_length=1)
     sinks: dict[Name, Annotated[SerializeAsAny[SinkOptions], BeforeValidator(_sink)]] = Field(min_length=1)
     http: object = None
     log: LogConfig = LogConfig()
+    stop_timeout: Duration = Field(default=20.0, gt=0)
 
     _http = not_supported_yet("http")

@@ -38,8 +38,8 @@ select 1;
 select epoch, happened from cdc.take(%(sink)s, %(owner)s, %(process)s, make_interval(secs => %(patience)s));
 
 -- name: confirm
--- Whether a sink is still ours. No row: another daemon has taken it over.
-select 1 from cdc.sink where name = %(sink)s and epoch = %(epoch)s;
+-- Whether a sink is still ours, and what people want of it. No row: another daemon has taken it over.
+select paused, requests from cdc.sink where name = %(sink)s and epoch = %(epoch)s;
 
 -- name: next_batch
 -- Acknowledge, and read on. The rows may be used once this has committed.
@@ -72,29 +72,154 @@ returning name;
 -- Count ephemeral changes that were not delivered.
 update cdc.sink set dropped = dropped + %(dropped)s where name = %(sink)s and epoch = %(epoch)s;
 
--- name: add_dead_letter
--- Set an event aside. Redelivered and refused again after a crash, it is still one dead letter.
-insert into cdc.dead_letter (sink, event_id, event, reason)
-values (%(sink)s, %(event_id)s, %(event)s, %(reason)s)
-    on conflict (sink, event_id) do update set reason = excluded.reason, attempts = cdc.dead_letter.attempts + 1;
+-- name: note_stall
+-- Say that a sink has not returned from one delivery for so many seconds. No row: it has a new owner.
+update cdc.sink set state = 'stalled', state_since = clock_timestamp() - make_interval(secs => %(seconds)s)
+ where name = %(sink)s and epoch = %(epoch)s
+returning name;
+
+-- name: set_aside
+-- Make an event a dead letter, and perhaps let its key wait. Redelivered and refused again after a crash, it is still one
+-- dead letter. No row: another daemon serves the sink; the row is locked, so that a former owner changes nothing.
+with ours as materialized (
+  select from cdc.sink k where k.name = %(sink)s and k.epoch = %(epoch)s for share
+)
+insert into cdc.dead_letter as d (sink, event_id, event, reason, seq, schema_name, table_name, keys, parked)
+select %(sink)s, %(event_id)s, %(event)s, %(reason)s, %(seq)s, %(schema)s, %(table)s, %(keys)s::text[], %(parked)s
+  from ours
+    on conflict (sink, event_id)
+    do update set reason = excluded.reason, attempts = d.attempts + 1, parked = d.parked or excluded.parked
+returning id;
+
+-- name: park
+-- Set events aside that only wait behind a dead letter of their key. Each one's keys are a JSON list. No row: another daemon
+-- serves the sink, or somebody has touched its dead letters since we looked at them.
+with ours as materialized (
+  select from cdc.sink k where k.name = %(sink)s and k.epoch = %(epoch)s and k.requests = %(requests)s for share
+), stored as (
+  insert into cdc.dead_letter (sink, event_id, event, reason, attempts, seq, schema_name, table_name, keys, parked, wanted)
+  select %(sink)s, w.event_id, w.event::json, %(reason)s, 0, w.seq, w.schema_name, w.table_name,
+         array(select json_array_elements_text(w.keys::json)), true, %(wanted)s
+    from ours, unnest(%(event_ids)s::text[], %(texts)s::text[], %(seqs)s::bigint[], %(schemas)s::text[],
+                      %(tables)s::text[], %(key_lists)s::text[])
+               as w (event_id, event, seq, schema_name, table_name, keys)
+      on conflict (sink, event_id) do nothing
+)
+select 1 from ours;
+
+-- name: letters
+-- How often somebody has touched a sink's dead letters, whether any is to be delivered, and the last one there is. No row:
+-- another daemon serves the sink.
+select k.requests,
+       exists (select from cdc.dead_letter d where d.sink = k.name and (d.wanted or d.parked) and d.wanted),
+       (select coalesce(max(d.id), 0) from cdc.dead_letter d)
+  from cdc.sink k where k.name = %(sink)s and k.epoch = %(epoch)s;
+
+-- name: parked_keys
+-- The keys that wait behind a dead letter, each once; null: the whole table does.
+select d.schema_name, d.table_name, k.key
+  from cdc.dead_letter d left join lateral unnest(d.keys) as k (key) on true
+ where d.sink = %(sink)s and (d.wanted or d.parked) and d.parked
+ group by d.schema_name, d.table_name, k.key;
+
+-- name: next_letters
+-- The next dead letters in the order of their events: those asked for with their event, and parked ones between them.
+select w.id, w.seq, w.schema_name, w.table_name, w.keys, w.parked, w.event
+  from (select d.id, d.seq, d.schema_name, d.table_name, d.keys, d.parked,
+               case when d.wanted then d.event::text end as event,
+               sum(case when d.wanted then octet_length(d.event::text) else 0 end) over (order by d.seq, d.id) as size,
+               row_number() over (order by d.seq, d.id) as number
+          from (select l.*
+                  from cdc.dead_letter l
+                 where l.sink = %(sink)s and (l.wanted or l.parked) and (l.seq, l.id) > (%(after_seq)s, %(after_id)s)
+                 order by l.seq, l.id
+                 limit %(events)s) d) w
+ where w.size <= %(bytes)s or w.number = 1
+ order by w.seq, w.id;
+
+-- name: remove_letters
+-- Dead letters that were delivered after all.
+delete from cdc.dead_letter d using cdc.sink k
+ where d.id = any (%(ids)s) and d.sink = k.name and k.name = %(sink)s and k.epoch = %(epoch)s;
+
+-- name: keep_letter
+-- A dead letter that was refused again.
+update cdc.dead_letter d set wanted = false, reason = %(reason)s, attempts = d.attempts + 1
+  from cdc.sink k
+ where d.id = %(id)s and d.sink = k.name and k.name = %(sink)s and k.epoch = %(epoch)s;
+
+-- name: put_letters_back
+-- Dead letters that were to be delivered and cannot be, because an earlier one of their key stays.
+update cdc.dead_letter d set wanted = false
+  from cdc.sink k
+ where d.id = any (%(ids)s) and d.sink = k.name and k.name = %(sink)s and k.epoch = %(epoch)s;
+
+-- name: request
+-- Let the pipeline that serves a sink look again at its dead letters. To come first in a transaction that changes them.
+update cdc.sink set requests = requests + 1 where name = %(sink)s;
+
+-- name: want_letters
+-- Ask for dead letters to be delivered.
+update cdc.dead_letter set wanted = true where sink = %(sink)s and id = any (%(ids)s) returning id;
+
+-- name: rewrite_letter
+-- Put another event in the place of a dead letter's, and ask for it to be delivered.
+update cdc.dead_letter set event = %(event)s, wanted = true where sink = %(sink)s and id = %(id)s returning id;
+
+-- name: discard_letters
+-- Delete dead letters.
+delete from cdc.dead_letter where sink = %(sink)s and id = any (%(ids)s) returning id;
+
+-- name: dead_letters
+-- Dead letters in the order of their events, for people; null in a condition: any. The op is read off the event's text, where
+-- it stands near the beginning.
+select d.id, d.sink, d.event_id, d.seq, substring(left(d.event::text, 1000) from '"op":"([a-z]+)"'),
+       d.schema_name, d.table_name, d.keys, d.reason, d.attempts, d.died_at, d.parked, d.wanted,
+       case when %(whole)s then d.event::text end
+  from cdc.dead_letter d
+ where (%(sink)s::text is null or d.sink = %(sink)s)
+   and (%(event_ids)s::text[] is null or d.event_id = any (%(event_ids)s))
+   and (%(schema)s::text is null or d.schema_name like %(schema)s and d.table_name like %(table)s)
+   and (%(keys)s::text[] is null or d.keys && %(keys)s::text[])
+   and (%(reason)s::text is null or position(lower(%(reason)s) in lower(d.reason)) > 0)
+   and (%(since)s::timestamptz is null or d.died_at >= %(since)s)
+   and (%(before)s::timestamptz is null or d.died_at < %(before)s)
+   and (d.sink, d.seq, d.id) > (%(after_sink)s, %(after_seq)s, %(after_id)s)
+ order by d.sink, d.seq, d.id
+ limit %(limit)s;
+
+-- name: letters_left
+-- What has become of dead letters: those that are still there.
+select id, event_id, wanted, reason from cdc.dead_letter where id = any (%(ids)s) order by seq, id;
+
+-- name: set_paused
+-- Let a sink deliver nothing, or let it go on. No row: it has no position.
+update cdc.sink set paused = %(paused)s, requests = requests + 1 where name = %(sink)s returning name;
+
+-- name: attendance
+-- Who serves a sink at this moment, and whether it is paused. No row: it has no position.
+select case when exists (select from cdc.holder(k.id, k.epoch)) then coalesce(k.owner, '?') end, k.paused
+  from cdc.sink k where k.name = %(sink)s;
 
 -- name: current_snapshot
 -- Now, as a position.
 select pg_current_snapshot()::text;
 
 -- name: sinks_behind
--- Which of these sinks have not delivered everything a snapshot shows. Nothing to deliver counts as delivered.
+-- Which of these sinks have not delivered everything a snapshot shows, and every dead letter that was asked for. Nothing to
+-- deliver counts as delivered.
 select k.name
   from cdc.sink k
  where k.name = any (%(sinks)s)
-   and not cdc.covers(k.snap_lo, %(target)s::pg_snapshot)
+   and (exists (select from cdc.dead_letter d where d.sink = k.name and (d.wanted or d.parked) and d.wanted)
+        or not cdc.covers(k.snap_lo, %(target)s::pg_snapshot)
    and (k.snap_hi is not null
         or exists (select from cdc.event e
                     where e.txid >= pg_snapshot_xmax(k.snap_lo) and e.txid < pg_snapshot_xmax(%(target)s::pg_snapshot)
                       and pg_visible_in_snapshot(e.txid, %(target)s::pg_snapshot))
         or exists (select from cdc.event e
                     where e.txid = any (array(select x from pg_snapshot_xip(k.snap_lo) as x
-                                               where pg_visible_in_snapshot(x, %(target)s::pg_snapshot)))));
+                                               where pg_visible_in_snapshot(x, %(target)s::pg_snapshot))))));
 
 -- name: ring_self
 -- The self-test: a notification to ourselves, which must come back.
@@ -158,10 +283,12 @@ select k.name, k.state, k.owner, k.last_error, k.last_error_at, k.delivered_at,
        extract(epoch from clock_timestamp() - h.heard_at)::float8 as silent_for,
        p.pending,
        extract(epoch from clock_timestamp() - p.oldest)::float8 as lag,
-       (select count(*) from cdc.dead_letter d where d.sink = k.name) as dead_letters,
-       k.dropped
+       l.dead_letters, k.dropped, l.parked, k.paused, k.state_since
   from cdc.sink k
   left join lateral cdc.holder(k.id, k.epoch) h on true
+  cross join lateral (
+    select count(*) as dead_letters, count(*) filter (where d.parked) as parked
+      from cdc.dead_letter d where d.sink = k.name) l
   cross join lateral (
     select count(*) as pending, min(w.captured_at) as oldest
       from (select e.captured_at from cdc.event e

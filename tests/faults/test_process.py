@@ -78,9 +78,11 @@ POISON = "p" * 50
 """A schema whose name makes the sink's file names too long for any file system."""
 BELL = ("before-listen", "after-listen", "before-arm", "after-arm")
 TROUBLE = ("in-back-off", "after-dead-letter", "before-rotate", "after-rotate", "draining", "after-acknowledge")
+PARKING = ("after-park", "before-replay", "after-replay")
+"""Reached under another failure policy: see test_parking_kill.py."""
 ROUTES = {
     "bell": BELL,
-    "delivery": tuple(point for point in POINTS if point not in BELL + TROUBLE),
+    "delivery": tuple(point for point in POINTS if point not in BELL + TROUBLE + PARKING),
     "trouble": TROUBLE,
 }
 SELDOM = dict.fromkeys((*BELL, *TROUBLE, "after-claim"), 1) | {"in-back-off": 3, "after-dead-letter": 3}

@@ -21,6 +21,7 @@ from typing import Any
 import psycopg2
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 from psycopg2.extensions import connection, cursor
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
@@ -244,6 +245,38 @@ def test_every_revision_can_be_undone_and_done_again(database: str) -> None:
         assert describe(database) == before
 
 
+def test_dead_letters_of_an_earlier_revision_get_their_place_and_their_key(
+    database: str, connect: Callable[..., connection]
+) -> None:
+    with create_engine("postgresql+psycopg2://", creator=lambda: psycopg2.connect(database)).connect() as session:
+        scripts = ScriptDirectory.from_config(installer.alembic_config(connection=session))
+    revision = scripts.get_revision("0005")
+    assert isinstance(revision.down_revision, str)
+    alembic_in_process(database, command.upgrade, revision.down_revision)
+    look = connect(database).cursor()
+    source = '{"database":"shop","schema":"od d","table":"a\\"\\\\b","seq":184467,"txid":7,"ts":"2026-11-22T08:01:02Z"}'
+    row = '"before":null,"after":{"id":"},\\"key\\":{","doc":"\\u0000"},"changed":null,"context":null}'
+    letters = {
+        "shop-184467-20261122080102123456": f'{{"version":1,"op":"insert","source":{source},"key":{{"id":"}}x"}},{row}',
+        "s-h-9-1": f'{{"version":1,"op":"truncate","source":{source},"key":null,{row}',
+        "shop-10-2": '{"seq":10,"old_row":null,"new_row":[1]}',
+        "odd": "{}",
+    }
+    for event_id, event in letters.items():
+        look.execute(
+            "insert into cdc.dead_letter (sink, event_id, event, reason) values ('audit', %s, %s, 'no')",
+            (event_id, event),
+        )
+    alembic_in_process(database, command.upgrade, "0005")
+    look.execute("select seq, schema_name, table_name, keys, parked, wanted from cdc.dead_letter order by id")
+    assert look.fetchall() == [
+        (184467, "od d", 'a"\\b', ['{"id":"}x"}'], False, False),
+        (9, "od d", 'a"\\b', [], False, False),
+        (10, None, None, [], False, False),
+        (0, None, None, [], False, False),
+    ]
+
+
 def test_after_down_nothing_is_left_but_the_version_table(database: str, look: cursor, tmp_path: Path) -> None:
     assert cdc(configured(tmp_path, database), "migrate").returncode == 0
     look.execute("insert into orders values (1, 'new')")
@@ -395,16 +428,26 @@ def test_an_unreachable_database_is_one_clear_line_without_its_password() -> Non
 
 PARAMETERS = {
     "acked": 7,
+    "after_id": 1,
+    "after_seq": 7,
+    "after_sink": "audit",
     "always": False,
+    "before": None,
     "bytes": 4_194_304,
     "channel": "cdc",
     "epoch": 1,
     "error": "the disk is full",
     "event": '{"id": "shop-7-1"}',
     "event_id": "shop-7-1",
+    "event_ids": ["shop-7-1"],
     "events": 500,
+    "id": 1,
+    "ids": [1],
     "image": "diff",
     "key": None,
+    "key_lists": ["[]"],
+    "keys": ['{"id":7}'],
+    "limit": 100,
     "nonce": "a nonce",
     "notify": "adaptive",
     "notify_payload": "diff",
@@ -420,16 +463,29 @@ PARAMETERS = {
     "seconds": 15.0,
     "ops": ["insert", "update"],
     "owner": "host:1",
+    "parked": True,
+    "paused": True,
     "reason": "never",
     "relation": 1259,
     "relations": [1259],
+    "requests": 1,
     "retention": 86_400.0,
     "role": "cdc_reader",
+    "schema": "public",
+    "schemas": ["public"],
+    "seq": 7,
+    "seqs": [7],
+    "since": None,
     "sink": "audit",
     "sinks": ["audit"],
     "start": "now",
     "state": "running",
+    "table": "orders",
+    "tables": ["orders"],
     "target": "3:3:",
+    "texts": ["{}"],
+    "wanted": False,
+    "whole": True,
 }
 """Something plausible for every parameter a query may have."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from psycopg2.extensions import connection
+from scripted import Run, Script, Scripted, caught_up, dead_letters, insert, keys, position, raising, status, wait_for
+from sql import fetch, value
 
 from cdc import pipeline
 from cdc.bell import Bell
@@ -18,122 +19,11 @@ from cdc.cli.logs import JsonFormatter, TextFormatter
 from cdc.decoding import Decoder
 from cdc.errors import PartialFailure, PermanentFailure, SinkDisabled, TransientFailure
 from cdc.event import Event, Op
-from cdc.options import BatchOptions, SinkOptions
-from cdc.outbox import Owner
-from cdc.pipeline import Pipeline
-from cdc.sinks.base import Sink
+from cdc.options import BatchOptions
 
 Connect = Callable[..., connection]
-Script = Callable[[list[Event]], None]
 
-QUICKLY = {"initial": "10ms", "max": "50ms"}
 SECRET = "4929-1234-5678"
-
-
-def fetch(conn: connection, statement: str, parameters: object = None) -> list[tuple[Any, ...]]:
-    with conn.cursor() as cursor:
-        cursor.execute(statement, parameters)
-        return cursor.fetchall() if cursor.description else []
-
-
-def value(conn: connection, statement: str, parameters: object = None) -> Any:
-    rows = fetch(conn, statement, parameters)
-    return rows[0][0] if rows else None
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.002)
-
-
-class Options(SinkOptions):
-    type: Literal["scripted"] = "scripted"
-
-
-class Scripted(Sink[Options]):
-    """Runs `script` on each batch: it may raise, wait, or look.
-
-    Attributes:
-        attempts: every batch it was handed.
-        taken: every batch it returned from.
-        calls: what else was called, in order.
-    """
-
-    Options = Options
-
-    def __init__(self, name: str, options: Options) -> None:
-        super().__init__(name, options)
-        self.script: Script = lambda batch: None
-        self.opening: Callable[[], None] = lambda: None
-        self.closing: Callable[[], None] = lambda: None
-        self.attempts: list[list[Event]] = []
-        self.at: list[float] = []
-        self.taken: list[list[Event]] = []
-        self.calls: list[str] = []
-
-    def open(self) -> None:
-        self.calls.append("open")
-        self.opening()
-
-    def deliver(self, batch: Sequence[Event]) -> None:
-        self.at.append(time.monotonic())
-        self.attempts.append(list(batch))
-        self.script(list(batch))
-        self.taken.append(list(batch))
-
-    def close(self) -> None:
-        self.calls.append("close")
-        self.closing()
-
-    @property
-    def delivered(self) -> list[Event]:
-        return [event for batch in self.taken for event in batch]
-
-
-def raising(*errors: Exception | None) -> Script:
-    """One outcome for each attempt, in this order; afterwards everything works."""
-    left = list(errors)
-
-    def script(batch: list[Event]) -> None:
-        if left and (error := left.pop(0)) is not None:
-            raise error
-
-    return script
-
-
-def keys(events: Sequence[Event]) -> list[int | None]:
-    return [event.key["id"] if event.key is not None else None for event in events]
-
-
-class Run:
-    """A pipeline that runs, and its sink."""
-
-    def __init__(self, dsn: str, name: str, options: dict[str, object], owner: str, bell: Bell) -> None:
-        self.sink = Scripted(name, Options.model_validate({"start": "earliest", "retry": QUICKLY, **options}))
-        self.stop = threading.Event()
-        self.told: list[Event] = []
-        self.pipeline = Pipeline(
-            dsn,
-            database="shop",
-            sink=self.sink,
-            bell=bell,
-            stop=self.stop,
-            owner=Owner(owner, zlib.crc32(owner.encode()) >> 1),
-            on_delivered=self.told.extend,
-        )
-
-    def start(self) -> Run:
-        self.pipeline.start()
-        return self
-
-    def end(self, seconds: float = 10.0) -> None:
-        self.stop.set()
-        self.pipeline.interrupt()
-        if self.pipeline.ident is not None:
-            self.pipeline.join(seconds)
-            assert not self.pipeline.is_alive()
 
 
 @pytest.fixture
@@ -142,23 +32,6 @@ def shop(installed: str, connect: Connect) -> connection:
     conn = connect(installed)
     fetch(conn, "create table item (id integer primary key, v text); select cdc.enable_capture('item')")
     return conn
-
-
-@pytest.fixture
-def prepare(installed: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Run]]:
-    """``prepare(name="audit", owner="test", **options)`` makes a pipeline that polls; ``.start()`` starts it."""
-    monkeypatch.setattr(pipeline, "STANDBY_INTERVAL", 0.05)
-    runs: list[Run] = []
-
-    def make(name: str = "audit", owner: str = "test", bell: Bell | None = None, **options: object) -> Run:
-        runs.append(Run(installed, name, options, owner, bell or Bell("off")))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.stop.set()
-    for run in runs:
-        run.end()
 
 
 @pytest.fixture
@@ -174,38 +47,6 @@ def logged() -> Iterator[list[logging.LogRecord]]:
     yield records
     logger.removeHandler(handler)
     logger.setLevel(level)
-
-
-def insert(conn: connection, *ids: int, text: str = "") -> None:
-    """One transaction."""
-    fetch(
-        conn, "insert into item select i, %s from unnest(%s) with ordinality as u (i, n) order by n", (text, list(ids))
-    )
-
-
-def position(conn: connection, sink: str = "audit") -> tuple[Any, ...]:
-    return fetch(conn, "select snap_lo, snap_hi, last_seq from cdc.sink where name = %s", (sink,))[0]
-
-
-def status(conn: connection, sink: str = "audit") -> tuple[Any, ...]:
-    rows = fetch(conn, "select state, last_error from cdc.sink where name = %s", (sink,))
-    return rows[0] if rows else (None, None)
-
-
-def caught_up(conn: connection, sink: str = "audit") -> bool:
-    """Whether everything there is has been acknowledged."""
-    rows = fetch(
-        conn,
-        """select k.snap_hi is null and not exists (select from cdc.event e
-                    where not pg_visible_in_snapshot(e.txid, k.snap_lo))
-             from cdc.sink k where name = %s""",
-        (sink,),
-    )
-    return rows == [(True,)]
-
-
-def dead_letters(conn: connection) -> list[tuple[Any, ...]]:
-    return fetch(conn, "select event -> 'key' ->> 'id', reason, attempts from cdc.dead_letter order by id")
 
 
 # -- the plain road -----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ UNREACHABLE = "host=127.0.0.1 port=1 dbname=shop user=cdc password=hunter2"
 TABLES = "create table orders (id bigint primary key, status text)"
 SINK_KEYS = {
     "state", "pending", "pending_capped", "lag_seconds", "delivered_at", "last_error", "last_error_at", "dead_letters",
-    "owner", "dropped",
+    "owner", "dropped", "parked", "paused", "state_since",
 }  # fmt: skip
 DATABASE_KEYS = {
     "state", "error", "revision", "armed", "outbox_bytes", "oldest_transaction", "drift", "problems", "sinks",
@@ -122,7 +122,9 @@ def served(shop: Shop) -> Iterator[Outbox]:
 def test_a_served_idle_sink_is_running_with_nothing_pending_and_no_lag(shop: Shop, served: Outbox) -> None:
     served.set_state("running")
     assert shop.row() == ["shop", "audit", "running", "0", "0 s", "never", "0", "db1:4711"]
-    assert shop.audit() == {
+    sink = shop.audit()
+    assert datetime.fromisoformat(sink.pop("state_since")).tzinfo is not None
+    assert sink == {
         "state": "running",
         "pending": 0,
         "pending_capped": False,
@@ -132,6 +134,8 @@ def test_a_served_idle_sink_is_running_with_nothing_pending_and_no_lag(shop: Sho
         "last_error_at": None,
         "dead_letters": 0,
         "dropped": 0,
+        "parked": 0,
+        "paused": False,
         "owner": "db1:4711",
     }
 
@@ -216,13 +220,40 @@ def test_the_lag_of_a_backlog_too_large_to_count_is_that_of_its_oldest_event(sho
     assert shop.row()[3:5] == ["100000+", "2 h"]
 
 
-def test_dead_letters_are_counted_for_their_sink(shop: Shop, served: Outbox) -> None:
-    shop.cursor.execute("insert into orders values (1, 'new')")
-    batch = served.next_batch(None, events=10, bytes_=1000)
-    assert batch is not None
-    served.add_dead_letter(batch.events[0], "refused")
-    assert shop.audit()["dead_letters"] == 1
+def test_dead_letters_are_counted_for_their_sink_and_those_others_wait_behind(shop: Shop, served: Outbox) -> None:
+    letter = "insert into cdc.dead_letter (sink, event_id, event, reason, parked) values ('audit', %s, '{}', 'no', %s)"
+    shop.cursor.execute(letter, ("a", False))
+    sink = shop.audit()
+    assert (sink["dead_letters"], sink["parked"]) == (1, 0)
     assert shop.row()[6] == "1"
+    shop.cursor.execute(letter, ("b", True))
+    sink = shop.audit()
+    assert (sink["dead_letters"], sink["parked"]) == (2, 1)
+    assert "shop: audit: later events of their keys wait behind 1 dead letters (cdc dead-letters list audit)" in (
+        shop.text()
+    )
+
+
+def test_a_sink_that_does_not_return_is_shown_with_how_long(shop: Shop, served: Outbox) -> None:
+    assert served.epoch is not None
+    with Connection(shop.dsn, purpose="test") as session:
+        outbox.note_stall(session, "audit", epoch=served.epoch, seconds=75)
+    assert shop.row()[2] == "stalled"
+    assert "shop: audit: stalled: it has not returned from a delivery for 1 min" in shop.text()
+    assert shop.audit()["state"] == "stalled"
+
+
+def test_a_paused_sink_is_paused_whether_a_daemon_serves_it_or_not(shop: Shop, served: Outbox) -> None:
+    served.set_state("running")
+    shop.cursor.execute("update cdc.sink set paused = true")
+    sink = shop.audit()
+    assert (sink["state"], sink["paused"]) == ("running", True)  # its daemon has not noticed yet
+    served.set_state("paused")
+    assert shop.audit()["state"] == "paused"
+    assert "shop: audit: paused: nothing is delivered until cdc sinks resume audit" in shop.text()
+    shop.cursor.execute("update cdc.sink set epoch = epoch + 1")  # nobody's
+    assert shop.audit()["state"] == "paused"
+    assert "until cdc sinks resume audit; no daemon serves it" in shop.text()
 
 
 def test_a_stopped_sink_stays_stopped_when_its_daemon_has_gone_and_says_why(shop: Shop) -> None:

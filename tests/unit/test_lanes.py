@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cdc.errors import PermanentFailure
 from cdc.event import Event, Image, Op
-from cdc.lanes import lanes, reach
+from cdc.lanes import Held, lanes, reach
 from cdc.template import CONTENT, ROUTE, Template, checked
 
 
@@ -51,6 +51,25 @@ def test_a_changed_key_ties_two_lanes_together() -> None:
 def test_an_event_without_a_key_ties_all_of_its_table_and_nothing_else() -> None:
     batch = [event(1), event(2), event(1, table="items"), event(None), event(1), event(9)]
     assert lanes(batch) == [[0, 1, 3, 4, 5], [2]]
+
+
+def test_what_is_held_holds_its_key_its_former_key_and_what_has_no_key() -> None:
+    held = Held()
+    assert not held
+    held.add(event(2, was=1))
+    assert held
+    assert [held.holds(event(key)) for key in (1, 2, 3)] == [True, True, False]
+    assert held.holds(event(9, was=2))
+    assert held.holds(event(None))
+    assert not held.holds(event(1, table="items"))
+
+
+def test_a_table_is_held_whole_by_an_event_without_a_key() -> None:
+    held = Held()
+    held.add(event(None))
+    assert held.holds(event(1))
+    assert held.holds(event(None))
+    assert not held.holds(event(None, table="items"))
 
 
 @given(st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 5)), st.one_of(st.none(), st.integers(0, 5)))))

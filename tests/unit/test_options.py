@@ -271,10 +271,9 @@ def test_a_sink_wants_what_its_databases_tables_and_ops_say(
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
-        ("filter", "true", "not supported yet (leave it out)"),
+        ("filter", "op", "not a condition: its value is of type string (write one that is true or false)"),
         ("format", "debezium", "not supported yet (use native)"),
         ("start", "backfill", "not supported yet (use now or earliest)"),
-        ("on_permanent_failure", "park_key", "not supported yet (use dead_letter or stop)"),
         ("ops", (), "an empty list (write at least one entry, or leave the key out)"),
         ("ops", ("insert", "insert"), "lists the same entry twice (keep one)"),
         ("tables", (), "an empty list (write at least one entry, or leave the key out)"),
