@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 from cdc import diagnosis, installer, listener, outbox
 from cdc.bell import Bell
@@ -37,6 +37,7 @@ from cdc.keeper import Keeper
 from cdc.listener import Listener
 from cdc.outbox import Owner
 from cdc.pipeline import Pipeline
+from cdc.rowmodel import Validate
 from cdc.sinks import create
 
 log = logging.getLogger(__name__)
@@ -68,15 +69,18 @@ class Daemon:
         config: Config,
         dsns: Mapping[str, str],
         *,
+        validators: Mapping[str, Validate] = MappingProxyType({}),
         on_delivered: Callable[[str, Sequence[Event]], None] | None = None,
     ) -> None:
         """
         Args:
             config: the whole configuration.
             dsns: database name → how to reach it.
+            validators: database name → what its events have to pass; see :func:`cdc.rowmodel.load_all`.
             on_delivered: told the sink's name and the events, after each delivery, in the pipeline's thread.
         """
         self._config = config
+        self._validators = validators
         self._on_delivered = on_delivered
         self._stop = threading.Event()
         self._signal: int | None = None
@@ -209,6 +213,7 @@ class Daemon:
             stop=self._stop,
             owner=self._owner,
             on_delivered=(lambda events: told(name, events)) if told else None,
+            validate=self._validators.get(database.name),
         )
 
     # -- waiting ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -328,12 +328,17 @@ class Event(_Model):
         return (self.source.database, self.source.schema_name, self.source.table, self.op)
 
     @classmethod
-    def from_json(cls, text: str) -> Event:
+    def from_json(cls, text: str | bytes | bytearray) -> Event:
         """Read an event in the native format: a line of a file, a webhook body, a notification.
+
+        Args:
+            text: bytes are UTF-8.
 
         Raises:
             ValueError: not a JSON object, or not an event (pydantic's ValidationError is a ValueError).
         """
+        if not isinstance(text, str):
+            text = text.decode()
         members = split_object(text)
         fields: dict[str, Any] = {}
         for name, raw in members.items():
@@ -369,6 +374,72 @@ class Event(_Model):
             context=_raw(self.context),
             truncated=self.truncated,
         )
+
+    # -- for consumers; more in cdc.consumer --
+
+    @property
+    def identity(self) -> Any:
+        """The row's key to look it up by: its value, a tuple of them if it has several columns, None without a key."""
+        return None if self.key is None else _identity(self.key.values())
+
+    @property
+    def former_identity(self) -> Any:
+        """The same as it was before the change; another one only if an update has changed the key."""
+        if self.key is None or self.before is None:
+            return self.identity
+        return _identity(self.before.get(name, value) for name, value in self.key.items())
+
+    def apply(self, row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """The row as this change leaves it; None when there is none any more.
+
+        Args:
+            row: as it was. None, because the consumer began in the middle or the event has come again: the result of
+                an update under ``image: diff`` has the key and the columns that changed.
+
+        Raises:
+            ValueError: the event is truncated, and does not say.
+        """
+        if self.op in (Op.DELETE, Op.TRUNCATE):
+            return None
+        if self.after is None:
+            raise ValueError("a truncated event does not tell the row (read it where it is)")
+        if self.op is Op.UPDATE and len(self.after) == len(self.changed or ()):
+            return {**(row if row is not None else self.key or {}), **self.after}
+        return dict(self.after)
+
+    def apply_to(self, table: MutableMapping[Any, dict[str, Any]]) -> None:
+        """Do to a table, a mapping from `identity` to row, what the change did.
+
+        The events of a table in their order make it equal to the table. That some come again does no harm under
+        ``image: full``, or where keys do not change; else they have to be left out (:class:`cdc.consumer.Seen`). Rows
+        that exchange their keys, as a deferrable key lets them, are beyond it.
+
+        Raises:
+            ValueError: the table has no key; or the event is truncated. Nothing has changed then.
+        """
+        if self.op is Op.TRUNCATE:
+            table.clear()
+            return
+        if self.key is None:
+            raise ValueError("an event without a key is about no particular row (give the table a key)")
+        was, is_ = self.former_identity, self.identity
+        row = self.apply(table.get(is_, table.get(was)))  # moved already, if the event comes again
+        table.pop(was, None)
+        if row is not None:
+            table[is_] = row
+
+
+def _identity(values: Iterable[Any]) -> Any:
+    parts = tuple([_hashable(value) for value in values])
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple([_hashable(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _hashable(item)) for name, item in value.items()])
+    return value
 
 
 def native(

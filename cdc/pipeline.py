@@ -4,6 +4,7 @@ Guarantees, given that the outbox hands out each key's events in order and repea
 
 * an event is acknowledged only after the sink has returned from delivering it, or after it was stored as a dead
   letter, or when the sink's configuration does not want it;
+* an event that does not fit its table's model is no sink's to take: a permanent failure, before it is delivered;
 * while an event is being retried nothing later of its key is delivered (:mod:`cdc.delivery` tells of one attempt);
 * what became of events that cannot be delivered, and how they come back, is told in :mod:`cdc.fates`. Before dead
   letters are delivered all that was delivered of the stream is acknowledged: it does not come again after them;
@@ -108,6 +109,7 @@ class Pipeline(threading.Thread):
         stop: threading.Event,
         owner: Owner,
         on_delivered: Callable[[Sequence[Event]], None] | None = None,
+        validate: Callable[[Event], str | None] | None = None,
     ) -> None:
         super().__init__(name=f"{database}/{sink.name}", daemon=True)
         self.database = database
@@ -123,6 +125,7 @@ class Pipeline(threading.Thread):
         self._owner = owner
         self._told: Callable[[Sequence[Event]], None] = on_delivered or (lambda events: None)
         self._filter = Filter(self._options.filter) if self._options.filter is not None else None
+        self._validate = validate
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
         self._wants_route = lru_cache(maxsize=ROUTES)(self._decide)
         self._share = 1.0  # of a batch's limits, which a slow line may be too slow for
@@ -136,7 +139,8 @@ class Pipeline(threading.Thread):
         self._stall = threading.Lock()  # what the keeper's thread may look at and set
         self._busy_since: float | None = None
         self._before_stall = ""
-        self._failed = 0  # ephemeral changes the sink did not take
+        self._failed = 0  # ephemeral changes the sink did not take, or that fit no model
+        self._last_misfit = ""
         self._counted = 0  # dropped changes the database knows of
         self._counted_at = 0.0
         self._last_loss = ""
@@ -312,8 +316,20 @@ class Pipeline(threading.Thread):
         return True
 
     def _chooses(self, event: Event) -> bool:
-        """Whether an event is to be delivered. Raises PermanentFailure when that cannot be said."""
-        return self._wants(event) and (self._filter is None or self._filter.passes(event))
+        """Whether an event is to be delivered; raises as `_fits`."""
+        return self._wants(event) and self._fits(event)
+
+    def _fits(self, event: Event) -> bool:
+        """Whether the filter lets an event pass.
+
+        Raises:
+            PermanentFailure: that cannot be said, or the event is to be delivered and does not fit its table's model.
+        """
+        if self._filter is not None and not self._filter.passes(event):
+            return False
+        if self._validate is not None and (reason := self._validate(event)) is not None:
+            raise PermanentFailure(reason)
+        return True
 
     def _wants(self, event: Event) -> bool:
         return self._wants_route(event.route)
@@ -440,22 +456,25 @@ class Pipeline(threading.Thread):
         while not self._stop_event.is_set() and (events := self._sleeper.inbox.take(self._options.batch.events)):
             if self._silent_for() > CONFIRM_AFTER:
                 self._ask(outbox)
-            self._pass_batch_on(outbox, self._passing(outbox, events))
+            self._pass_batch_on(outbox, self._passing(events))
         self._count_dropped(outbox)
 
-    def _passing(self, outbox: Outbox, events: list[Event]) -> list[Event]:
-        """Those that the filter lets pass."""
-        if self._filter is None:
-            return events
+    def _passing(self, events: list[Event]) -> list[Event]:
+        """Those that the filter lets pass; one that it fails on, or that does not fit its model, is dropped."""
         passing: list[Event] = []
         for event in events:
             try:
-                if self._filter.passes(event):
+                if self._fits(event):
                     passing.append(event)
                 else:
                     self.filtered += 1
             except PermanentFailure as error:
-                self._drop(outbox, 1, str(error))
+                self._failed += 1
+                if str(error) != self._last_misfit:
+                    self._last_misfit = str(error)
+                    log.error(
+                        "An ephemeral change is dropped.", extra=self._fields(event_id=event.id, error=str(error))
+                    )
         return passing
 
     def _pass_batch_on(self, outbox: Outbox, batch: list[Event]) -> None:
@@ -490,6 +509,12 @@ class Pipeline(threading.Thread):
         if self.state != "dropping":
             log.error("The sink fails; ephemeral changes are dropped.", extra=self._fields(error=error))
             self._become(outbox, "dropping", error)
+
+    def _drop_misfit(self, event: Event, error: PermanentFailure) -> None:
+        self._failed += 1
+        if str(error) != self._last_misfit:
+            self._last_misfit = str(error)
+            log.error("An ephemeral change is dropped.", extra=self._fields(event_id=event.id, error=str(error)))
 
     def _count_dropped(self, outbox: Outbox) -> None:
         """Let the database know how many were dropped, now and then."""

@@ -20,6 +20,7 @@ from cdc.cli.dead_letters import dead_letters
 from cdc.cli.demo import demo
 from cdc.cli.logs import set_up_logging
 from cdc.cli.migrate import migrate
+from cdc.cli.models import models
 from cdc.cli.rebase import rebase
 from cdc.cli.run import run
 from cdc.cli.sinks import sinks
@@ -68,5 +69,5 @@ def main(context: click.Context, path: Path | None, log_level: str | None, log_f
     context.obj = App(lambda: configuration.find(path, os.environ), os.environ, log_level, log_format)
 
 
-for _command in (check, dead_letters, demo, migrate, rebase, run, sinks, status, uninstall):
+for _command in (check, dead_letters, demo, migrate, models, rebase, run, sinks, status, uninstall):
     main.add_command(_command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from pathlib import Path
 import click
 
 from cdc import config as configuration
-from cdc import embedded
+from cdc import embedded, rowmodel
 from cdc.cli.logs import set_up_logging
 from cdc.config import Config
 from cdc.errors import ConfigError
+from cdc.rowmodel import Validate
 from cdc.sinks import option_models
 
 
@@ -47,6 +49,17 @@ class App:
         config = configuration.load(self._find(), option_models(), self._environ)
         set_up_logging(self._log_level or config.log.level, self._log_format or config.log.format)
         return config
+
+    def load_models(self) -> dict[str, Validate]:
+        """Database name → what its events have to pass, with every ``model:`` imported; those beside the file too.
+
+        Raises:
+            ConfigError: every one that cannot be had, at once.
+        """
+        file = self._find()
+        if (directory := str(file.parent.resolve())) not in sys.path:
+            sys.path.append(directory)  # last: nothing that is installed is replaced
+        return rowmodel.load_all(self.config, file)
 
     def select(self, names: tuple[str, ...]) -> list[str]:
         """The databases a command is about: those named, or all.

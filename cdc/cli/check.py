@@ -26,6 +26,7 @@ def check(app: App, names: tuple[str, ...], as_json: bool) -> None:
     the only errors are databases that cannot be reached, 1 otherwise.
     """
     selected = app.select(names)
+    app.load_models()
     with app.places(selected) as places:
         dsns = {name: (place.dsn, place.migrate_dsn) for name, place in places.items()}
         findings = diagnosis.check(app.config, selected, dsns)

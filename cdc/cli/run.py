@@ -29,12 +29,13 @@ def run(app: App, first_migrate: bool, until_idle: bool) -> None:
             crashpoints.arm(spec)
         except ValueError as error:
             raise click.UsageError(f"CDC_CRASH_AT: {error}") from None
+    validators = app.load_models()
     daemon = None
     try:
         with app.places() as places:
             if first_migrate and migrate_all(app, places, list(places), all_on_stderr=True):
                 sys.exit(1)
-            daemon = Daemon(app.config, {name: place.dsn for name, place in places.items()})
+            daemon = Daemon(app.config, {name: place.dsn for name, place in places.items()}, validators=validators)
             daemon.handle_signals()
             daemon.run(until_idle=until_idle)
     except CdcError as error:

@@ -49,6 +49,13 @@ Name = Annotated[str, AfterValidator(_name)]
 """What a database or a sink is called: in metrics labels, in event ids, on the command line."""
 
 
+def _class_reference(value: str) -> str:
+    parts = value.split(":")
+    if len(parts) != 2 or not all(name.isidentifier() for part in parts for name in part.split(".")):
+        raise ValueError("not a module and its class (write it as shop.models:Order)")
+    return value
+
+
 class TableConfig(StrictModel):
     """How one table, or every table a pattern covers, is captured.
 
@@ -72,9 +79,7 @@ class TableConfig(StrictModel):
     key: Annotated[tuple[str, ...], Distinct] | None = None
     delivery: Literal["durable", "ephemeral"] = "durable"
     always: bool = False
-    model: str | None = None
-
-    _model = not_supported_yet("model")
+    model: Annotated[str, AfterValidator(_class_reference)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> TableConfig:

@@ -608,3 +608,88 @@ select distinct d.datname
  where s.refclassid = 'pg_authid'::regclass
    and s.refobjid = (select r.oid from pg_catalog.pg_roles r where r.rolname = %(role)s)
  order by d.datname;
+
+-- name: captured_as
+-- The tables that carry our triggers, and how these capture them: for `cdc models`. A key column that was renamed since
+-- is known to the primary key only.
+select c.oid::bigint, t.id, t.schema_name, t.table_name, t.image,
+       case when t.key_columns <@ array(select a.attname::text from pg_catalog.pg_attribute a
+                                         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)
+            then t.key_columns
+            else (select array_agg(a.attname::text order by k.n)
+                    from pg_catalog.pg_index i
+                    cross join unnest(i.indkey::int2[]) with ordinality as k (attnum, n)
+                    join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+                   where i.indrelid = c.oid and i.indisprimary and k.n <= i.indnkeyatts) end,
+       obj_description(c.oid, 'pg_class')
+  from (select g.tgrelid, max(substring(encode(g.tgargs, 'escape') from '^[0-9]+')::integer) as captured
+          from pg_catalog.pg_trigger g
+         where starts_with(g.tgname::text, '00_cdc_') and not g.tgisinternal and g.tgparentid = 0
+           and g.tgfoid = to_regproc('cdc.capture')
+         group by g.tgrelid) g
+  join pg_catalog.pg_class c on c.oid = g.tgrelid
+  join cdc.captured_table t on t.id = g.captured
+ order by t.schema_name, t.table_name;
+
+-- name: captured_columns
+-- The columns of captured tables that reach an event, in the table's order: type, whether a value may be missing, and how
+-- it is hidden; as `cdc.hide` sees it. What a virtual generated column holds is nowhere when a trigger runs.
+select a.attrelid::bigint, a.attname::text, a.atttypid::bigint, format_type(a.atttypid, a.atttypmod),
+       not a.attnotnull or exists (select from pg_catalog.pg_constraint o -- PostgreSQL 18: NOT NULL NOT VALID
+                                    where o.conrelid = a.attrelid and o.contype = 'n' and not o.convalidated
+                                      and a.attnum = any (o.conkey)),
+       h.how, col_description(a.attrelid, a.attnum)
+  from unnest(%(relations)s::bigint[], %(captures)s::integer[]) as w (relation, captured)
+  join cdc.captured_table t on t.id = w.captured
+  join pg_catalog.pg_attribute a on a.attrelid = w.relation and a.attnum > 0 and not a.attisdropped
+  cross join lateral (
+    select case when bool_or(x.value ->> 'how' = 'exclude') then 'exclude'
+                when bool_or(x.value ->> 'how' = 'redact') then 'redact' else min(x.value ->> 'how') end as how
+      from jsonb_each(t.hidden) x
+     where x.key = a.attname
+        or (t.relation = a.attrelid and (x.value ->> 'number')::smallint = a.attnum)) h
+ where a.attgenerated <> 'v' and h.how is distinct from 'exclude'
+ order by a.attrelid, a.attnum;
+
+-- name: types_within
+-- Types, and those they are made of, as to_json tells them apart: domains, arrays, composites, then types with a cast to
+-- json, enums and all others. Of what, a domain's base or an array's element; labels of an enum; attributes of a composite.
+with recursive reached as (
+  select w.id::oid as id from unnest(%(types)s::bigint[]) as w (id)
+  union
+  select n.id
+    from reached r
+    join pg_catalog.pg_type t on t.oid = r.id
+    cross join lateral (
+      select t.typbasetype where t.typtype = 'd'
+      union all
+      select t.typelem where t.typelem <> 0 and t.typsubscript = 'pg_catalog.array_subscript_handler'::regproc
+      union all
+      select a.atttypid from pg_catalog.pg_attribute a
+       where a.attrelid = t.typrelid and t.typtype = 'c' and a.attnum > 0 and not a.attisdropped) as n (id)
+)
+select t.oid::bigint, n.nspname::text, t.typname::text,
+       case when t.typtype = 'd' then 'domain'
+            when t.typelem <> 0 and t.typsubscript = 'pg_catalog.array_subscript_handler'::regproc then 'array'
+            when t.typtype = 'c' then 'composite'
+            when t.oid >= 16384 and exists (select from pg_catalog.pg_cast c
+                                             where c.castsource = t.oid and c.casttarget = 'pg_catalog.json'::regtype
+                                               and c.castmethod = 'f')
+              then case when t.typname = 'hstore' and exists (
+                               select from pg_catalog.pg_depend d
+                                 join pg_catalog.pg_extension e on d.refclassid = 'pg_extension'::regclass and e.oid = d.refobjid
+                                where d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e'
+                                  and e.extname = 'hstore')
+                        then 'hstore' else 'cast' end
+            when t.typtype = 'e' then 'enum'
+            else 'other' end,
+       case t.typtype when 'd' then t.typbasetype else t.typelem end::bigint,
+       array(select l.enumlabel::text from pg_catalog.pg_enum l where l.enumtypid = t.oid order by l.enumsortorder),
+       (select coalesce(json_agg(json_build_array(a.attname, a.atttypid::bigint, format_type(a.atttypid, a.atttypmod))
+                                 order by a.attnum), '[]')
+          from pg_catalog.pg_attribute a
+         where a.attrelid = t.typrelid and t.typtype = 'c' and a.attnum > 0 and not a.attisdropped),
+       coalesce(obj_description(t.oid, 'pg_type'), obj_description(t.typrelid, 'pg_class'))
+  from reached r
+  join pg_catalog.pg_type t on t.oid = r.id
+  join pg_catalog.pg_namespace n on n.oid = t.typnamespace;

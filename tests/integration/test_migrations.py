@@ -434,6 +434,7 @@ PARAMETERS = {
     "always": False,
     "before": None,
     "bytes": 4_194_304,
+    "captures": [1],
     "channel": "cdc",
     "epoch": 1,
     "error": "the disk is full",
@@ -486,6 +487,7 @@ PARAMETERS = {
     "texts": ["{}"],
     "wanted": False,
     "whole": True,
+    "types": [23],
 }
 """Something plausible for every parameter a query may have."""
 

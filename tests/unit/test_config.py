@@ -658,7 +658,7 @@ def test_all_kinds_of_findings_come_at_once_and_in_the_order_of_the_file() -> No
             dsn: host=other
             tabels: {}
             tables:
-              orders: {imge: full, model: 'shop.models:Order'}
+              orders: {imge: full, model: shop.models}
             migrate_dsn: *dsn
         sinks:
           out: {type: stdout, databases: [shoop], batch: {events: 0}}
@@ -813,7 +813,6 @@ def test_a_filter_is_compiled_when_the_file_is_read_and_not_quoted(expression: s
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        (with_table("{model: 'shop.models:Order'}"), "databases.shop.tables.public.orders.model"),
         (with_sink("{type: stdout, format: flat}"), "sinks.out.format"),
         (with_sink("{type: stdout, start: backfill}"), "sinks.out.start"),
         (SMALLEST + "http: {listen: '127.0.0.1:8650'}", "http"),
@@ -871,7 +870,6 @@ log: {level: info, format: text}
 """
 
 NOT_YET = {
-    "databases.shop.tables.public.orders.model",
     "http",
 }
 
