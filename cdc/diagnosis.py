@@ -371,16 +371,17 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
     replaced = installer.replaced_functions(connection)
     if moved := outbox.moved_sinks(connection):
         problems.append(f"{outbox.ELSEWHERE}: {', '.join(moved)} ({outbox.ELSEWHERE_CURE})")
-    if (size := outbox.size(connection)) > options.outbox_alarm:
-        problems.append(f"the outbox takes {size} bytes on disk, more than outbox_alarm allows")
+    pulse = outbox.pulse(connection)
+    if pulse.outbox_bytes > options.outbox_alarm:
+        problems.append(f"the outbox takes {pulse.outbox_bytes} bytes on disk, more than outbox_alarm allows")
     return DatabaseStatus(
         "ok",
         revision=revision,
-        armed=outbox.is_armed(connection),
-        outbox_bytes=size,
+        armed=pulse.armed,
+        outbox_bytes=pulse.outbox_bytes,
         outbox_held_by=[name for name, sink in known.items() if sink.lag > options.retention],
-        notify_queue_usage=outbox.queue_usage(connection),
-        oldest_transaction=outbox.oldest_writer(connection),
+        notify_queue_usage=pulse.queue_usage,
+        oldest_transaction=pulse.oldest,
         drift=len(drifts) + len(replaced),
         problems=problems,
         sinks={name: lines[name] for name in sorted(lines)},

@@ -11,6 +11,9 @@ House. The outbox's space is given back once it has been delivered and kept for 
 trigger, a trigger that is disabled or not the one the configuration wants, a captured table that it does not name.
 
 Watch. A pipeline whose sink does not return from a delivery cannot say so itself; the keeper says it in its stead.
+
+Figures. What it measures on its way is kept for whoever asks (:mod:`cdc.http`), who never waits for the database: the
+server's clock with each sign of life, the outbox and the sinks' backlogs every `MEASURING` seconds, or sooner if asked.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cdc import crashpoints, outbox
 from cdc.connection import Connection
-from cdc.errors import DatabaseError
+from cdc.errors import DatabaseError, TooSlow
+from cdc.metrics import ServerClock
+from cdc.outbox import Pulse, SinkStatus
 from cdc.retry import keep_alive
 
 log = logging.getLogger(__name__)
@@ -34,7 +39,9 @@ DEADLINE = 5.0
 HOUSEKEEPING = (1.0, 300.0)
 """Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
 MEASURING = 10.0
-"""Seconds between looks at the outbox's size."""
+"""Seconds between looks at the outbox and the backlogs while nobody asks."""
+FRESH = 2.0
+"""Seconds for which a look is good enough for somebody who asks."""
 RECONCILING = 60.0
 """Seconds between looks at the triggers."""
 
@@ -52,6 +59,7 @@ class Keeper(threading.Thread):
         alarm: int,
         find_drift: Callable[[Connection], Sequence[str]] = lambda connection: (),
         watch: Callable[[Connection], None] = lambda connection: None,
+        clock: ServerClock | None = None,
     ) -> None:
         """
         Args:
@@ -62,22 +70,32 @@ class Keeper(threading.Thread):
             alarm: bytes above which the outbox is too large.
             find_drift: where the triggers differ from the configuration, one sentence each.
             watch: looks after the pipelines, with every beat.
+            clock: told what the server's clock says.
         """
         super().__init__(name=f"{database}/keeper", daemon=True)
         self._dsn = dsn
         self._database = database
         self._process = process
-        self._retention = retention
-        self._alarm = alarm
+        self.retention = retention
+        self.alarm = alarm
+        """May be replaced while it runs, as may `retention`."""
         self._find_drift = find_drift
         self._watch = watch
         self.drift: Sequence[str] = ()
         """Where the triggers differed from the configuration, when they were last looked at."""
+        self.pulse: Pulse | None = None
+        self.sinks: Mapping[str, SinkStatus] = {}
+        """Every sink the database knows, by name; as `pulse`, from the last look."""
+        self.measured_at = float("-inf")
+        """When that was, by the monotonic clock."""
+        self.heard_at = float("-inf")
+        """When the database last answered, by the monotonic clock."""
+        self.trouble = ""
+        """Why it does not answer; empty while it does."""
+        self._clock = clock or ServerClock()
         self._stop_event = threading.Event()
         self._is_large = False
-        self._last_trouble = ""
-        self.outbox_bytes = 0
-        """The outbox on disk, when it was last looked at."""
+        self._asked = False
 
     def run(self) -> None:
         keep_alive(self._serve, DatabaseError, maximum=5.0, stop=self._stop_event, before_sleep=self._lost)
@@ -86,54 +104,71 @@ class Keeper(threading.Thread):
         """End the thread soon; to be called when no pipeline is left, or others would take the sinks for abandoned."""
         self._stop_event.set()
 
+    def ask(self) -> None:
+        """Let it look at the outbox and the backlogs with its next sign of life. May be called from any thread."""
+        self._asked = True
+
     def _serve(self) -> None:
-        shortest, longest = HOUSEKEEPING
-        pause = min(max(self._retention / 10, shortest), longest)
-        tidy_at = time.monotonic() + pause
-        measure_at = reconcile_at = 0.0
+        tidied_at = time.monotonic()
+        reconcile_at = 0.0
         with Connection(self._dsn, purpose="keeper", deadline=DEADLINE) as connection:
             outbox.join_process(connection, self._process)
+            self._beat(connection)
+            self._measure(connection)
             while not self._stop_event.wait(BEAT):
                 now = time.monotonic()
-                if now >= tidy_at:
-                    tidy_at = now + pause
+                shortest, longest = HOUSEKEEPING
+                if now >= tidied_at + min(max(self.retention / 10, shortest), longest):
+                    tidied_at = now
                     self._tidy_up(connection)
-                if now >= measure_at:
-                    measure_at = now + MEASURING
+                if now >= self.measured_at + (FRESH if self._asked else MEASURING):
+                    self._asked = False
                     self._measure(connection)
                 if now >= reconcile_at:
                     reconcile_at = now + RECONCILING
                     self._reconcile(connection)
-                outbox.beat(connection)
+                self._beat(connection)
                 self._watch(connection)
-                self._last_trouble = ""
+
+    def _beat(self, connection: Connection) -> None:
+        asked = time.monotonic()
+        server = outbox.beat(connection)
+        self.heard_at = time.monotonic()
+        self._clock.heard(server, asked, self.heard_at)
+        self.trouble = ""
 
     def _tidy_up(self, connection: Connection) -> None:
         crashpoints.reached("before-rotate")
-        done = outbox.rotate(connection, self._retention)
+        done = outbox.rotate(connection, self.retention)
         crashpoints.reached("after-rotate")
         if done:
             log.info("The outbox was tidied up.", extra=self._fields(done=",".join(done)))
 
     def _measure(self, connection: Connection) -> None:
-        self.outbox_bytes = outbox.size(connection)
-        is_large = self.outbox_bytes > self._alarm
+        try:
+            sinks = outbox.sink_statuses(connection)
+            pulse = outbox.pulse(connection)
+        except TooSlow:
+            return  # figures are not worth the sign of life that comes next
+        self.sinks, self.pulse = {sink.name: sink for sink in sinks}, pulse
+        self.measured_at = time.monotonic()
+        is_large = pulse.outbox_bytes > self.alarm
         if is_large and not self._is_large:
             holders = [
                 f"{sink.name} ({sink.pending}{'+' if sink.capped else ''} events behind)"
-                for sink in outbox.sink_statuses(connection)
-                if sink.lag > self._retention or sink.capped
+                for sink in sinks
+                if sink.lag > self.retention or sink.capped
             ]
             log.error(
                 "The outbox has grown beyond its alarm.",
                 extra=self._fields(
-                    bytes=self.outbox_bytes,
-                    alarm=self._alarm,
+                    bytes=pulse.outbox_bytes,
+                    alarm=self.alarm,
                     held_by=", ".join(holders) or "no sink that is far behind",
                 ),
             )
         elif self._is_large and not is_large:
-            log.info("The outbox is below its alarm again.", extra=self._fields(bytes=self.outbox_bytes))
+            log.info("The outbox is below its alarm again.", extra=self._fields(bytes=pulse.outbox_bytes))
         self._is_large = is_large
 
     def _reconcile(self, connection: Connection) -> None:
@@ -148,9 +183,9 @@ class Keeper(threading.Thread):
         self.drift = drift
 
     def _lost(self, error: BaseException, wait: float) -> None:
-        if str(error) != self._last_trouble:
+        if str(error) != self.trouble:
             log.warning("The keeper is interrupted.", extra=self._fields(error=str(error), retry_in=round(wait, 1)))
-        self._last_trouble = str(error)
+        self.trouble = str(error)
 
     def _fields(self, **fields: object) -> dict[str, object]:
         return {"fields": {"database": self._database, **fields}}

@@ -284,7 +284,12 @@ class BatchOptions(StrictModel):
 
 
 class RetryOptions(StrictModel):
-    """Seconds between attempts after a transient failure: `initial`, growing up to `max`."""
+    """Pauses between attempts after a transient failure.
+
+    Attributes:
+        initial: seconds before the second attempt; it doubles from there.
+        max: seconds no pause exceeds.
+    """
 
     initial: Duration = Field(default=0.2, gt=0)
     max: Duration = Field(default=300.0, gt=0)

@@ -183,7 +183,7 @@ class Outbox:
         rows = self._page("next_batch_in_bytes", parameters)
         if not rows:
             return None
-        found = [event for row in rows for event in self._decoder.decode_bytes(row, self._connection.codec)]
+        found = self.decode_bytes(rows)
         size = sum(len(image) for row in rows for image in row[5:7] if image is not None)
         return Batch(found, rows[-1][0], len(rows) >= events or size >= bytes_)
 
@@ -206,6 +206,14 @@ class Outbox:
         if not rows:
             raise Fenced(f"sink {self._sink} is served by another daemon")
         return rows[0]
+
+    def decode_bytes(self, rows: Sequence[tuple[Any, ...]]) -> list[Event | Unreadable]:
+        """The events of rows of the outbox, their columns as ``cdc.next_batch`` has them, but texts of rows as bytes.
+
+        Raises:
+            DatabaseError: see :meth:`cdc.connection.Connection.query`.
+        """
+        return [event for row in rows for event in self._decoder.decode_bytes(row, self._connection.codec)]
 
     # -- what decoding asks for ---------------------------------------------------------------------------------
 
@@ -245,9 +253,9 @@ def join_process(connection: Connection, process: int) -> None:
     connection.query(QUERIES["join_process"], {"process": process})
 
 
-def beat(connection: Connection) -> None:
-    """Be heard of. Raises as :func:`register_sink`."""
-    connection.query(QUERIES["beat"])
+def beat(connection: Connection) -> float:
+    """Be heard of; seconds since 1970 by the server's clock. Raises as :func:`register_sink`."""
+    return float(connection.query(QUERIES["beat"])[0][0])
 
 
 def note_stall(connection: Connection, sink: str, *, epoch: int, seconds: float) -> None:
@@ -431,22 +439,29 @@ def sink_statuses(connection: Connection) -> list[SinkStatus]:
     return statuses
 
 
-def oldest_writer(connection: Connection) -> OpenTransaction | None:
-    """The writing transaction that has been open for longest. Raises as :func:`register_sink`."""
-    rows = connection.query(QUERIES["oldest_writer"])
-    return OpenTransaction(*rows[0]) if rows else None
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """How a database does, beside its sinks.
+
+    Attributes:
+        outbox_bytes: the outbox on disk, indexes included.
+        queue_usage: how full the cluster's notification queue is, 0 to 1.
+        armed: whether a listener asks writers to ring.
+        oldest: the writing transaction that has been open for longest, if there is one.
+    """
+
+    outbox_bytes: int
+    queue_usage: float
+    armed: bool
+    oldest: OpenTransaction | None
+
+
+def pulse(connection: Connection) -> Pulse:
+    """How the database does. Raises as :func:`register_sink`."""
+    [(outbox_bytes, queue_usage, armed, *oldest)] = connection.query(QUERIES["pulse"])
+    return Pulse(outbox_bytes, float(queue_usage), armed, OpenTransaction(*oldest) if oldest[3] is not None else None)
 
 
 def size(connection: Connection) -> int:
     """Bytes of the outbox on disk, indexes included. Raises as :func:`register_sink`."""
     return int(connection.query(QUERIES["outbox_bytes"])[0][0])
-
-
-def queue_usage(connection: Connection) -> float:
-    """How full the cluster's notification queue is, 0 to 1. Raises as :func:`register_sink`."""
-    return float(connection.query(QUERIES["queue_usage"])[0][0])
-
-
-def is_armed(connection: Connection) -> bool:
-    """Whether a listener asks writers to ring. Raises as :func:`register_sink`."""
-    return bool(connection.query(QUERIES["armed"])[0][0])

@@ -65,8 +65,9 @@ from cdc.errors import (
 from cdc.event import Event, Route
 from cdc.fates import Replay, Stream
 from cdc.filters import Filter
+from cdc.metrics import Meter
 from cdc.options import SinkOptions
-from cdc.outbox import Batch, Outbox, Owner, join_process
+from cdc.outbox import PATIENCE, Batch, Outbox, Owner, join_process
 from cdc.retry import keep_alive, retrying
 from cdc.sinks.base import Sink
 
@@ -97,6 +98,7 @@ class Pipeline(threading.Thread):
         state: as in the head of this module.
         stopped_because: why the pipeline has ended by itself, or None.
         filtered: events read and not wanted by the sink's configuration, so far.
+        meter: what else it has done.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Pipeline(threading.Thread):
         bell: Bell,
         stop: threading.Event,
         owner: Owner,
+        meter: Meter | None = None,
         on_delivered: Callable[[Sequence[Event]], None] | None = None,
         validate: Callable[[Event], str | None] | None = None,
     ) -> None:
@@ -117,6 +120,7 @@ class Pipeline(threading.Thread):
         self.state = "waiting"
         self.stopped_because: str | None = None
         self.filtered = 0
+        self.meter = meter or Meter()
         self._dsn = dsn
         self._sink = sink
         self._options: SinkOptions = sink.options
@@ -148,6 +152,11 @@ class Pipeline(threading.Thread):
     def run(self) -> None:
         keep_alive(self._serve, CdcError, maximum=10.0, stop=self._stop_event, before_sleep=self._lost)
 
+    def stop(self) -> None:
+        """End the thread soon: it finishes and acknowledges the batch in its hands. May be called from any thread."""
+        self._stop_event.set()
+        self.interrupt()
+
     def interrupt(self) -> None:
         """End the current wait, so that a stop request is noticed."""
         self._sleeper.woken.set()
@@ -161,13 +170,15 @@ class Pipeline(threading.Thread):
             outbox = Outbox(connection, database=self.database, sink=self.sink, owner=self._owner)
             while (claim := outbox.claim(start=self._options.start)) is None:
                 self.state = "waiting"
+                self.meter.lives(STANDBY_INTERVAL)
                 if self._stop_event.wait(STANDBY_INTERVAL):
                     return
             crashpoints.reached("after-claim")
             self._epoch = claim.epoch
             self._letters = Letters(connection, database=self.database, sink=self.sink, epoch=claim.epoch)
-            self._stream = Stream(self._letters, self._options.on_permanent_failure, self._told, self._fields)
+            self._stream = Stream(self._letters, self._options.on_permanent_failure, self._took, self._fields)
             self._replay = None
+            self.meter.serves()
             self._last_loss = ""
             log.info("Serving.", extra=self._fields(owner=self._owner.name, epoch=claim.epoch))
             if claim.happened == "promoted":
@@ -250,11 +261,15 @@ class Pipeline(threading.Thread):
         batch = self._read(outbox, acked)
         crashpoints.reached("after-read")
         self._heard()
+        if acked is not None:
+            self.meter.acknowledged()
         if self.state != "dropping":
             self._become(outbox, "running")
         if batch is None:
+            self.meter.rests()
             self._bell.found_nothing(self._sleeper)
         else:
+            self.meter.read(len(batch.events))
             self._bell.found(self._sleeper, full=batch.full)
         return batch
 
@@ -262,11 +277,13 @@ class Pipeline(threading.Thread):
         """Store how far we have got, where no batch is read that would say so along with it."""
         if acked is not None:
             outbox.acknowledge(acked)
+            self.meter.acknowledged()
             crashpoints.reached("after-acknowledge")
 
     def _read(self, outbox: Outbox, acked: int | None) -> Batch | None:
         """The next page; smaller ones for a while after a page that did not come through in time."""
         limits = self._options.batch
+        self.meter.lives(PATIENCE)
         try:
             batch = outbox.next_batch(
                 acked, events=max(1, int(limits.events * self._share)), bytes_=max(1, int(limits.bytes * self._share))
@@ -350,6 +367,7 @@ class Pipeline(threading.Thread):
             self._bell.step_out(self._sleeper)
             self._become(outbox, "retrying", str(error))
             self._heard()
+            self.meter.lives(wait)
             self._count_dropped(outbox)
             crashpoints.reached("in-back-off")
 
@@ -392,7 +410,7 @@ class Pipeline(threading.Thread):
             replay = self._replay
             if replay is None or replay.looks != self._letters.looks:
                 replay = self._replay = Replay(
-                    self._letters, self._chooses, self._options.batch, self._told, self._fields
+                    self._letters, self._chooses, self._options.batch, self._returned, self._fields
                 )
             events = replay.next_page()
             if events is None:
@@ -404,6 +422,16 @@ class Pipeline(threading.Thread):
                 return False
             if not replay.catching_up:
                 return True
+
+    def _took(self, events: Sequence[Event]) -> None:
+        """The sink has taken events of the stream."""
+        self.meter.took(events)
+        self._told(events)
+
+    def _returned(self, events: Sequence[Event]) -> None:
+        """The sink has taken dead letters."""
+        self.meter.returned(events)
+        self._told(events)
 
     def _back_off(self, outbox: Outbox, seconds: float) -> None:
         """Wait for the next attempt, and for as long as the sink is paused."""
@@ -419,8 +447,14 @@ class Pipeline(threading.Thread):
     def _watched(self, outbox: Outbox, action: Callable[..., Any], *arguments: Any) -> Any:
         """Do something with the sink that may hang, while the keeper watches."""
         self._busy_since = time.monotonic()
+        self.meter.delivers()
         try:
             return action(*arguments)
+        except Exception as error:
+            # What this package did not raise may quote a row.
+            first = next(iter(error.failures.values()), error) if isinstance(error, PartialFailure) else error
+            self.meter.failed(str(first) if isinstance(first, CdcError) else f"unexpected {type(first).__name__}")
+            raise
         finally:
             with self._stall:
                 self._busy_since = None
@@ -502,6 +536,7 @@ class Pipeline(threading.Thread):
             if self.state == "dropping":
                 log.info("The sink works again.", extra=self._fields())
                 self._become(outbox, "running")
+            self.meter.passed_on(batch)
             self._told(batch)
 
     def _drop(self, outbox: Outbox, number: int, error: str) -> None:
@@ -529,6 +564,7 @@ class Pipeline(threading.Thread):
     def _heard(self) -> None:
         """Note that the database has just answered, under our epoch."""
         self._heard_at = _now()
+        self.meter.lives(HEARTBEAT)
 
     def _silent_for(self) -> float:
         return _now() - self._heard_at
@@ -580,6 +616,7 @@ class Pipeline(threading.Thread):
 
     def _lost(self, error: BaseException, wait: float) -> None:
         self.state = "waiting"
+        self.meter.lost(str(error), wait)
         level = logging.WARNING if isinstance(error, DatabaseUnreachable | Fenced) else logging.ERROR
         if str(error) == self._last_loss:
             level = logging.DEBUG  # said already

@@ -16,15 +16,18 @@ import click
 from cdc import config as configuration
 from cdc.cli.app import App
 from cdc.cli.check import check
+from cdc.cli.completion import completion
 from cdc.cli.dead_letters import dead_letters
 from cdc.cli.demo import demo
-from cdc.cli.logs import set_up_logging
+from cdc.cli.logs import places, set_up_logging
 from cdc.cli.migrate import migrate
 from cdc.cli.models import models
 from cdc.cli.rebase import rebase
 from cdc.cli.run import run
 from cdc.cli.sinks import sinks
 from cdc.cli.status import status
+from cdc.cli.systemd import systemd
+from cdc.cli.tail import tail
 from cdc.cli.terminal import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNREACHABLE
 from cdc.cli.uninstall import uninstall
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
@@ -49,6 +52,13 @@ class _Causes(click.Group):
             # The reader of our output has gone: end quietly, and keep Python from complaining at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_FAILURE)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:  # noqa: BLE001  the last one to see it
+            # Where, not what: the text of an exception nobody expected may quote a row or a connection string.
+            where = places(error.__traceback__)
+            click.echo(f"error: unexpected {type(error).__name__} at {where} (please report it)", err=True)
+            sys.exit(EXIT_FAILURE)
 
 
 @click.group(cls=_Causes, context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,5 +79,7 @@ def main(context: click.Context, path: Path | None, log_level: str | None, log_f
     context.obj = App(lambda: configuration.find(path, os.environ), os.environ, log_level, log_format)
 
 
-for _command in (check, dead_letters, demo, migrate, models, rebase, run, sinks, status, uninstall):
+for _command in (
+    check, completion, dead_letters, demo, migrate, models, rebase, run, sinks, status, systemd, tail, uninstall,
+):  # fmt: skip
     main.add_command(_command)

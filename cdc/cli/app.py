@@ -38,6 +38,12 @@ class App:
         self._environ = environ
         self._log_level = log_level
         self._log_format = log_format
+        self._embedded: dict[Path, str] = {}
+
+    @cached_property
+    def path(self) -> Path:
+        """The configuration file. Raises ConfigError when there is none."""
+        return self._find()
 
     @cached_property
     def config(self) -> Config:
@@ -46,20 +52,32 @@ class App:
         Raises:
             ConfigError: every finding at once.
         """
-        config = configuration.load(self._find(), option_models(), self._environ)
-        set_up_logging(self._log_level or config.log.level, self._log_format or config.log.format)
+        return self.read_again()
+
+    def read_again(self, *, check: Callable[[Config], None] = lambda config: None) -> Config:
+        """The configuration as the file has it now; it counts from here on, unless something is wrong with it.
+
+        Args:
+            check: raises ConfigError for what it cannot accept.
+
+        Raises:
+            ConfigError: every finding at once.
+        """
+        config = configuration.load(self.path, option_models(), self._environ)
+        check(config)
+        set_up_logging(self._log_level or config.log.level, self._log_format or config.log.format, self._environ)
+        self.__dict__["config"] = config
         return config
 
-    def load_models(self) -> dict[str, Validate]:
+    def load_models(self, config: Config) -> dict[str, Validate]:
         """Database name → what its events have to pass, with every ``model:`` imported; those beside the file too.
 
         Raises:
             ConfigError: every one that cannot be had, at once.
         """
-        file = self._find()
-        if (directory := str(file.parent.resolve())) not in sys.path:
+        if (directory := str(self.path.parent.resolve())) not in sys.path:
             sys.path.append(directory)  # last: nothing that is installed is replaced
-        return rowmodel.load_all(self.config, file)
+        return rowmodel.load_all(config, self.path)
 
     def select(self, names: tuple[str, ...]) -> list[str]:
         """The databases a command is about: those named, or all.
@@ -82,19 +100,31 @@ class App:
             EmbeddedError: a private server does not start.
         """
         with ExitStack() as stack:
-            yield {
-                name: Place(
-                    _reach(database.resolved_dsn.get_secret_value(), stack),
-                    _reach(database.resolved_migrate_dsn.get_secret_value(), stack),
-                )
-                for name, database in self.config.databases.items()
-                if names is None or name in names
-            }
+            yield self.reach(self.config, stack, names)
 
+    def reach(self, config: Config, stack: ExitStack, names: Collection[str] | None = None) -> dict[str, Place]:
+        """How to reach each database of a configuration; embedded servers not running yet run until `stack` is closed.
 
-def _reach(dsn: str, stack: ExitStack) -> str:
-    directory = embedded.directory_of(dsn)
-    return dsn if directory is None else stack.enter_context(embedded.start(directory)).dsn()
+        Raises:
+            EmbeddedError: a private server does not start.
+        """
+        return {
+            name: Place(
+                self._reach(database.resolved_dsn.get_secret_value(), stack),
+                self._reach(database.resolved_migrate_dsn.get_secret_value(), stack),
+            )
+            for name, database in config.databases.items()
+            if names is None or name in names
+        }
+
+    def _reach(self, dsn: str, stack: ExitStack) -> str:
+        directory = embedded.directory_of(dsn)
+        if directory is None:
+            return dsn
+        if directory not in self._embedded:
+            self._embedded[directory] = stack.enter_context(embedded.start(directory)).dsn()
+            stack.callback(self._embedded.pop, directory)
+        return self._embedded[directory]
 
 
 pass_app = click.make_pass_decorator(App)

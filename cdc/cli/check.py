@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import sys
 
 import click
@@ -10,6 +11,7 @@ import click
 from cdc import diagnosis
 from cdc.cli.app import App, pass_app
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, console, plain
+from cdc.config.dsn import has_password
 from cdc.diagnosis import Finding
 
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
@@ -26,10 +28,10 @@ def check(app: App, names: tuple[str, ...], as_json: bool) -> None:
     the only errors are databases that cannot be reached, 1 otherwise.
     """
     selected = app.select(names)
-    app.load_models()
+    app.load_models(app.config)
     with app.places(selected) as places:
         dsns = {name: (place.dsn, place.migrate_dsn) for name, place in places.items()}
-        findings = diagnosis.check(app.config, selected, dsns)
+        findings = diagnosis.check(app.config, selected, dsns) + _exposed(app, selected)
     if as_json:
         click.echo(json.dumps([_as_json(finding) for finding in findings], ensure_ascii=False, indent=2))
     else:
@@ -39,6 +41,22 @@ def check(app: App, names: tuple[str, ...], as_json: bool) -> None:
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         sys.exit(EXIT_UNREACHABLE if all(error.unreachable for error in errors) else EXIT_FAILURE)
+
+
+def _exposed(app: App, names: list[str]) -> list[Finding]:
+    """The databases whose password stands in a configuration file that everybody can read."""
+    path = app.path
+    if not path.stat().st_mode & stat.S_IROTH:
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [
+        Finding(name, "warning", key, f"holds a password, and {path} can be read by everybody", f"chmod o-r {path}")
+        for name in names
+        for key in ("dsn", "migrate_dsn")
+        if (dsn := getattr(app.config.databases[name], key)) is not None
+        and has_password(dsn)
+        and dsn.get_secret_value() in text
+    ]
 
 
 def _line(finding: Finding) -> str:

@@ -44,7 +44,7 @@ from cdc.cli.logs import set_up_logging
 from cdc.cli.workload import TABLES, Ledger, Shop, Workload
 from cdc.config import Config
 from cdc.connection import Connection
-from cdc.daemon import Daemon
+from cdc.daemon import Daemon, Plan
 from cdc.errors import CdcError
 from cdc.event import Event, Op
 from cdc.sinks import option_models
@@ -280,7 +280,9 @@ class _Tour:
         if self._asked_to_stop():
             self._step("stopped before the shop was open")
             return True
-        return self._watch(Daemon(config, {"shop": dsn}, on_delivered=self._take), dsn, place, server.bindir / "psql")
+        return self._watch(
+            Daemon(Plan(config, {"shop": dsn}), on_delivered=self._take), dsn, place, server.bindir / "psql"
+        )
 
     def _configure(self, place: _Place) -> Config:
         dsn, path = f"embedded:{place.server}", str(place.out / "{table}.jsonl")

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cdc import diagnosis
 from cdc.cli.app import App, pass_app
@@ -56,6 +57,8 @@ def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
 
 def _show(databases: Mapping[str, DatabaseStatus], out: Console, now: datetime) -> None:
     rows = [(name, sink, line) for name, database in databases.items() for sink, line in database.sinks.items()]
+    out.print(_verdict(databases, rows))
+    out.print()
     if rows:
         _print_table(rows, out, now)
         out.print()
@@ -64,6 +67,33 @@ def _show(databases: Mapping[str, DatabaseStatus], out: Console, now: datetime) 
         out.print(plain(f"{name}: {_summary(database)}", _BAD if bad else ""))
         for note in _notes(database, now):
             out.print(plain(f"{name}: {note}"))
+
+
+def _verdict(databases: Mapping[str, DatabaseStatus], rows: list[tuple[str, str, SinkLine]]) -> Text:
+    """The first thing somebody wants to know: whether all is well, and if not, how much is not."""
+    lost = [name for name, database in databases.items() if database.state != "ok"]
+    halted = [f"{name}/{sink}" for name, sink, line in rows if line.state not in ("running", "paused", "new")]
+    paused = [f"{name}/{sink}" for name, sink, line in rows if line.state == "paused"]
+    drifted = [name for name, database in databases.items() if database.drift or database.problems]
+    letters = sum(line.detail.dead_letters for _, _, line in rows if line.detail)
+    parts = [
+        f"{_of(len(lost), len(databases), 'database')} cannot be served: {', '.join(lost)}" if lost else "",
+        f"{_of(len(halted), len(rows), 'sink')} {'does' if len(halted) == 1 else 'do'} not deliver: {', '.join(halted)}"
+        if halted
+        else "",
+        f"{_of(len(paused), len(rows), 'sink')} paused: {', '.join(paused)}" if paused else "",
+        f"look at the triggers of {', '.join(drifted)}" if drifted else "",
+        f"{letters} dead letter{'' if letters == 1 else 's'}" if letters else "",
+    ]
+    said = "; ".join(filter(None, parts))
+    if said:
+        return plain(said, _BAD if lost or halted or drifted else "yellow")
+    lag = max((line.detail.lag for _, _, line in rows if line.detail), default=0.0)
+    return plain(f"all is delivered, {'up to date' if lag < 1 else f'at most {age(lag)} behind'}", "green")
+
+
+def _of(some: int, all_: int, noun: str) -> str:
+    return f"{some} of {all_} {noun}{'' if all_ == 1 else 's'}"
 
 
 def _print_table(rows: list[tuple[str, str, SinkLine]], out: Console, now: datetime) -> None:

@@ -124,6 +124,25 @@ def read_dsn_file(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
+    dsn = read_secret(value, "connection string", "dsn")
+    try:
+        _parts(dsn)
+    except ValueError as error:
+        raise ValueError(f"content of {printable(value)}: {error}") from None
+    return DsnFile(value, SecretStr(dsn))
+
+
+def read_secret(value: str, what: str, key: str) -> str:
+    """The one line of a file that holds a secret and that not everybody may read.
+
+    Args:
+        value: the name of the file; a relative one counts from the working directory.
+        what: what the file holds, in words.
+        key: the key that takes the secret itself.
+
+    Raises:
+        ValueError: the file cannot be used; the message may name it, but holds nothing of its content.
+    """
     path, name = Path(value), printable(value)
     try:
         mode = path.stat().st_mode
@@ -136,25 +155,27 @@ def read_dsn_file(value: object) -> object:
             content = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
         if re.search("[=:]", value):
-            # Somebody may have put the connection string itself here, and it must not be shown.
-            message = "no such file, and it looks like a connection string (write that as dsn)"
+            # Somebody may have put the secret itself here, and it must not be shown.
+            message = f"no such file, and it looks like a {what} (write that as {key})"
         else:
             reason = error.strerror or "unknown reason"
             message = f"cannot read {name}: {reason} (name a file this user may read)"
         raise ValueError(message) from None
     if len(content) > _MAX_FILE_BYTES:
-        raise ValueError(f"{name} is too large (it should hold one connection string and nothing else)")
+        raise ValueError(f"{name} is too large (it should hold one {what} and nothing else)")
     try:
-        dsn = content.decode().strip()
+        secret = content.decode().strip()
     except UnicodeDecodeError:
-        raise ValueError(f"{name} is not UTF-8 text (it should hold one connection string)") from None
-    if not dsn:
-        raise ValueError(f"{name} is empty (it should hold one connection string)")
-    try:
-        _parts(dsn)
-    except ValueError as error:
-        raise ValueError(f"content of {name}: {error}") from None
-    return DsnFile(value, SecretStr(dsn))
+        raise ValueError(f"{name} is not UTF-8 text (it should hold one {what})") from None
+    if not secret:
+        raise ValueError(f"{name} is empty (it should hold one {what})")
+    return secret
+
+
+def has_password(dsn: SecretStr) -> bool:
+    """Whether a connection string holds a password itself."""
+    text = dsn.get_secret_value()
+    return bool(re.search(r"://[^/@\s]*:[^@\s]+@|(?:^|[\s?&])password\s*=", text))
 
 
 def describe(dsn: SecretStr) -> str:

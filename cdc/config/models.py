@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Final, Literal
 
 from pydantic import (
@@ -18,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from cdc.config.dsn import Dsn, DsnFile, describe, read_dsn_file
+from cdc.config.dsn import Dsn, DsnFile, describe, read_dsn_file, read_secret
 from cdc.config.words import known_words, listed
 from cdc.options import (
     ALL_CAPTURE_OPS,
@@ -32,7 +33,6 @@ from cdc.options import (
     TablePattern,
     is_glob,
     matches,
-    not_supported_yet,
 )
 
 SINK_TYPES: Final = ("stdout", "file", "webhook", "kafka", "redis", "nats", "rabbitmq", "postgres", "python")
@@ -190,8 +190,102 @@ class DatabaseConfig(StrictModel):
         return self.tables[next((pattern for pattern in covering if not is_glob(pattern)), covering[0])]
 
 
+_LISTEN: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_TOKEN_CHARACTERS: Final = 16
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _no_token(value: object) -> object:
+    """``token: ${CDC_TOKEN:-}`` says that there is none as long as the variable is not set."""
+    return None if value == "" else value
+
+
+def _read_token(value: object) -> object:
+    return read_secret(value, "token", "token") if isinstance(value, str) else value
+
+
+class HttpConfig(StrictModel):
+    """Metrics, health and console.
+
+    Attributes:
+        listen: ``HOST:PORT``; beyond loopback a token is needed.
+        token: what has to be shown to change anything, such as to pause a sink; without one nothing can be changed.
+        token_file: a file that holds it instead.
+        show_values: whether the console shows row values, in the live tail and of dead letters.
+        stalled_after: seconds a change may wait while nothing is acknowledged, before ``/readyz`` says 503.
+    """
+
+    listen: str = "127.0.0.1:8650"
+    token: Annotated[SecretStr | None, BeforeValidator(_no_token)] = None
+    token_file: Annotated[SecretStr | None, BeforeValidator(_read_token)] = None
+    show_values: bool = False
+    stalled_after: Duration = Field(default=60.0, ge=1)
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_fits(cls, value: str) -> str:
+        found = _LISTEN.fullmatch(value)
+        if found is None or int(found[2]) > 65535:
+            raise ValueError("not an address to listen on (write HOST:PORT, such as 127.0.0.1:8650)")
+        return value
+
+    @field_validator("token", "token_file")
+    @classmethod
+    def _token_is_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and (len(value.get_secret_value()) < _TOKEN_CHARACTERS or not _is_plain(value)):
+            raise ValueError(
+                f"not a usable token (at least {_TOKEN_CHARACTERS} ASCII characters without spaces; "
+                "openssl rand -hex 32 makes one)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _is_guarded(self) -> HttpConfig:
+        if self.token is not None and self.token_file is not None:
+            raise ValueError("both token and token_file (keep one)")
+        if self.secret is None and not self.is_loopback:
+            raise ValueError(
+                "listens beyond this machine without a token (write token or token_file, or listen: 127.0.0.1:8650)"
+            )
+        return self
+
+    @property
+    def secret(self) -> str | None:
+        """The token, wherever it was written."""
+        token = self.token or self.token_file
+        return token.get_secret_value() if token else None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host, without brackets, and port."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return _is_loopback(self.address[0])
+
+
+def _is_plain(secret: SecretStr) -> bool:
+    return re.fullmatch(r"[!-~]+", secret.get_secret_value()) is not None
+
+
 class LogConfig(StrictModel):
-    """What is logged and in which shape."""
+    """What is logged and in which shape.
+
+    Attributes:
+        level: the least that is said.
+        format: lines for people, or a JSON object on each.
+    """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
@@ -238,8 +332,6 @@ class Config(StrictModel):
 
     databases: dict[Name, DatabaseConfig] = Field(min_length=1)
     sinks: dict[Name, Annotated[SerializeAsAny[SinkOptions], BeforeValidator(_sink)]] = Field(min_length=1)
-    http: object = None
+    http: HttpConfig | None = None
     log: LogConfig = LogConfig()
     stop_timeout: Duration = Field(default=20.0, gt=0)
-
-    _http = not_supported_yet("http")

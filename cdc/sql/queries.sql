@@ -30,8 +30,8 @@ returning name;
 select pg_advisory_lock_shared(6513766, %(process)s);
 
 -- name: beat
--- Be heard of. The answer does not matter: that a session of this process has just spoken can be seen by everybody.
-select 1;
+-- Be heard of: that a session of this process has just spoken can be seen by everybody. The answer is the server's clock.
+select extract(epoch from clock_timestamp())::float8;
 
 -- name: take
 -- Become the one session that serves a sink. Epoch null: another daemon does, or the sink is not registered.
@@ -276,6 +276,72 @@ select cdc.rebase();
 -- Give space of the outbox back.
 select cdc.rotate(make_interval(secs => %(retention)s));
 
+-- name: walk_indexes
+-- For a session that reads the outbox by itself, as cdc.next_batch does: its tables carry no statistics on purpose.
+select set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false),
+       set_config('max_parallel_workers_per_gather', '0', false);
+
+-- name: tail_window
+-- What has been committed since a position: the position now, and how many events lie between, at most 5001, with the
+-- first of those. It changes nothing.
+with here as (select pg_current_snapshot() as snap),
+     fresh as (
+  (select e.seq from cdc.event e, here h
+    where e.txid >= pg_snapshot_xmax(%(position)s::pg_snapshot) and e.txid < pg_snapshot_xmax(h.snap)
+      and pg_visible_in_snapshot(e.txid, h.snap)
+    limit 5001)
+  union all
+  (select e.seq from cdc.event e
+    where e.txid = any (array(select x from pg_snapshot_xip(%(position)s::pg_snapshot) as x, here h
+                               where pg_visible_in_snapshot(x, h.snap)))
+    limit 5001))
+select h.snap::text, (select count(*) from fresh), (select min(f.seq) from fresh f) from here h;
+
+-- name: tail_first
+-- The first event of a window of more than 5000.
+select min(e.seq) from cdc.event e
+ where (e.txid >= pg_snapshot_xmax(%(position)s::pg_snapshot) and e.txid < pg_snapshot_xmax(%(until)s::pg_snapshot)
+        and pg_visible_in_snapshot(e.txid, %(until)s::pg_snapshot))
+    or e.txid = any (array(select x from pg_snapshot_xip(%(position)s::pg_snapshot) as x
+                            where pg_visible_in_snapshot(x, %(until)s::pg_snapshot)));
+
+-- name: tail_small
+-- A page of a small window: found by transaction, then sorted.
+select w.seq, w.txid, to_char(w.captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), w.captured_table,
+       w.op, replace(w.old_row::text, E'\\', E'\\\\')::bytea, replace(w.new_row::text, E'\\', E'\\\\')::bytea,
+       replace(w.context, E'\\', E'\\\\')::bytea
+  from (select e.* from cdc.event e
+         where e.txid >= pg_snapshot_xmax(%(position)s::pg_snapshot) and e.txid < pg_snapshot_xmax(%(until)s::pg_snapshot)
+           and pg_visible_in_snapshot(e.txid, %(until)s::pg_snapshot) and e.seq > %(last_seq)s
+        union all
+        select e.* from cdc.event e
+         where e.txid = any (array(select x from pg_snapshot_xip(%(position)s::pg_snapshot) as x
+                                    where pg_visible_in_snapshot(x, %(until)s::pg_snapshot)))
+           and e.seq > %(last_seq)s) w
+ order by w.seq
+ limit %(events)s;
+
+-- name: tail_large
+-- A page of a large one: along seq, so that each costs the same.
+select e.seq, e.txid, to_char(e.captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), e.captured_table,
+       e.op, replace(e.old_row::text, E'\\', E'\\\\')::bytea, replace(e.new_row::text, E'\\', E'\\\\')::bytea,
+       replace(e.context, E'\\', E'\\\\')::bytea
+  from cdc.event e
+ where e.seq > %(last_seq)s and pg_visible_in_snapshot(e.txid, %(until)s::pg_snapshot)
+   and not pg_visible_in_snapshot(e.txid, %(position)s::pg_snapshot)
+ order by e.seq
+ limit %(events)s;
+
+-- name: tail_last
+-- The newest events that a position shows, the newest first.
+select e.seq, e.txid, to_char(e.captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), e.captured_table,
+       e.op, replace(e.old_row::text, E'\\', E'\\\\')::bytea, replace(e.new_row::text, E'\\', E'\\\\')::bytea,
+       replace(e.context, E'\\', E'\\\\')::bytea
+  from cdc.event e
+ where pg_visible_in_snapshot(e.txid, %(until)s::pg_snapshot)
+ order by e.seq desc
+ limit %(events)s;
+
 -- name: sink_status
 -- Where every sink stands. Pending counts at most 100001 events and includes those the sink does not want.
 select k.name, k.state, k.owner, k.last_error, k.last_error_at, k.delivered_at,
@@ -369,21 +435,34 @@ select extract(epoch from clock_timestamp() - least(
        ))::float8
   from cdc.sink k where k.name = %(sink)s;
 
--- name: oldest_writer
--- What may hold delivery or retention back: the open transaction that has held a transaction id for longest, in any
--- database of the cluster (snapshots know them all), prepared ones included. Its age is null where our role may not see it.
-select w.pid, w.prepared, w.application, w.state, w.database, w.age
-  from (select a.pid, null::text as prepared, coalesce(a.application_name, '') as application,
-               coalesce(a.state, '') as state, a.datname::text as database,
-               extract(epoch from clock_timestamp() - a.xact_start)::float8 as age, age(a.backend_xid) as since
-          from pg_catalog.pg_stat_activity a
-         where a.backend_xid is not null and a.pid <> pg_backend_pid()
-        union all
-        select null, p.gid, '', 'prepared', p.database::text,
-               extract(epoch from clock_timestamp() - p.prepared)::float8, age(p.transaction)
-          from pg_catalog.pg_prepared_xacts p) w
- order by w.since desc
- limit 1;
+-- name: pulse
+-- How a database does beside its sinks: the outbox on disk, how full the notification queue is, whether a listener asks
+-- to be rung, and what may hold delivery or retention back: the open transaction that has held a transaction id for
+-- longest, in any database of the cluster (snapshots know them all), prepared ones included. Its age is null where our
+-- role may not see it; all of it is null when there is none.
+select p.outbox_bytes, p.queue_usage, p.armed, w.pid, w.prepared, w.application, w.state, w.database, w.age
+  from (select (select coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint
+                  from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+                 where n.nspname = 'cdc' and c.relname in ('event_0', 'event_1', 'event_2')) as outbox_bytes,
+               pg_notification_queue_usage() as queue_usage,
+               exists (select from pg_catalog.pg_locks l
+                        where l.locktype = 'advisory' and l.classid = 6513763 and l.objid = 1 and l.granted
+                          and l.mode = 'ExclusiveLock'
+                          and l.database = (select d.oid from pg_catalog.pg_database d
+                                             where d.datname = current_database())) as armed) p
+  left join lateral (
+    select o.*
+      from (select a.pid, null::text as prepared, coalesce(a.application_name, '') as application,
+                   coalesce(a.state, '') as state, a.datname::text as database,
+                   extract(epoch from clock_timestamp() - a.xact_start)::float8 as age, age(a.backend_xid) as since
+              from pg_catalog.pg_stat_activity a
+             where a.backend_xid is not null and a.pid <> pg_backend_pid()
+            union all
+            select null, x.gid, '', 'prepared', x.database::text,
+                   extract(epoch from clock_timestamp() - x.prepared)::float8, age(x.transaction)
+              from pg_catalog.pg_prepared_xacts x) o
+     order by o.since desc
+     limit 1) w on true;
 
 -- name: server_facts
 -- What `cdc check` wants to know of a server: all of it readable by anybody.

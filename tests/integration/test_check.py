@@ -48,6 +48,7 @@ class Shop:
 
     def run(self, *arguments: str) -> Result:
         self.path.write_text(json.dumps(self.config))
+        self.path.chmod(0o600)  # it holds passwords
         return CliRunner().invoke(main, ["-c", str(self.path), *arguments])
 
     def configure(self, tables: dict[str, Any], **options: Any) -> None:
@@ -386,3 +387,22 @@ def test_a_server_lost_on_the_way_is_unreachable(shop: Shop, monkeypatch: pytest
     monkeypatch.setattr(installer, "find_drift", cut)
     [line] = shop.check(69)
     assert line.startswith("error   shop: connection lost: ")
+
+
+def test_a_password_in_a_file_that_everybody_reads_is_warned_of(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CDC_TEST_DSN", psycopg2.extensions.make_dsn(database, password="canary-hunter2"))
+    path = tmp_path / "config.yaml"
+    rest = "tables: {'public.*': {}}}}, sinks: {out: {type: stdout}}}"
+    for dsn, mode, warned in (
+        (os.environ["CDC_TEST_DSN"], 0o644, True),
+        (os.environ["CDC_TEST_DSN"], 0o640, False),
+        ("${CDC_TEST_DSN}", 0o644, False),
+        (database, 0o644, False),
+    ):
+        path.write_text(f"{{databases: {{shop: {{dsn: {json.dumps(dsn)}, {rest}")
+        path.chmod(mode)
+        output = CliRunner().invoke(main, ["-c", str(path), "check"]).output
+        assert (f"holds a password, and {path} can be read by everybody (chmod o-r {path})" in output) == warned
+        assert "canary" not in output

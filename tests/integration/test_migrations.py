@@ -458,8 +458,10 @@ PARAMETERS = {
     "exclusive": True,
     "lenient": True,
     "mask": "{}",
+    "last_seq": 7,
     "name": "shop",
     "patience": 5.0,
+    "position": "3:3:",
     "process": 4711,
     "seconds": 15.0,
     "ops": ["insert", "update"],
@@ -484,6 +486,7 @@ PARAMETERS = {
     "table": "orders",
     "tables": ["orders"],
     "target": "3:3:",
+    "until": "9:12:10",
     "texts": ["{}"],
     "wanted": False,
     "whole": True,
@@ -554,7 +557,7 @@ def test_the_wheel_holds_whatever_an_installed_cdc_needs(tmp_path: Path) -> None
         there = {
             f"{inside}/{path.relative_to(CHECKOUT / directory)}"
             for path in (CHECKOUT / directory).rglob("*")
-            if path.is_file() and path.suffix in {".py", ".sql", ".typed", ".service"}
+            if path.is_file() and path.suffix in {".py", ".sql", ".typed", ".service", ".html", ".js", ".css", ".svg"}
         }
         assert there <= names, there - names
     assert {"cdc/migrations/env.py", "cdc/sql/queries.sql", "cdc/py.typed"} <= names

@@ -21,7 +21,7 @@ from cdc.bell import HEARTBEAT, Bell
 from cdc.cli import main
 from cdc.config import Config
 from cdc.connection import Connection
-from cdc.daemon import Daemon
+from cdc.daemon import Daemon, Plan
 from cdc.errors import CdcError, TransientFailure
 from cdc.event import Event
 from cdc.keeper import BEAT, Keeper
@@ -216,7 +216,7 @@ def test_until_idle_does_not_wait_for_a_sink_that_is_paused(installed: str, item
         outbox.set_paused(session, "audit", paused=True)
     insert(items, 1)
     with pytest.raises(CdcError, match=r"shop/audit: paused \(cdc sinks resume audit\)"):
-        Daemon(config, {"shop": installed}).run(until_idle=True)
+        Daemon(Plan(config, {"shop": installed})).run(until_idle=True)
 
 
 # -- hanging ------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_a_daemon_told_to_stop_does_not_wait_for_a_sink_that_hangs_and_loses_not
         context={"sink_types": option_models()},
     )
     insert(items, 1)
-    served = Daemon(config, {"shop": installed})
+    served = Daemon(Plan(config, {"shop": installed}))
     failure: list[CdcError] = []
 
     def run() -> None:

@@ -140,6 +140,19 @@ def test_a_served_idle_sink_is_running_with_nothing_pending_and_no_lag(shop: Sho
     }
 
 
+def test_the_first_line_says_whether_all_is_well(shop: Shop, served: Outbox) -> None:
+    def verdict() -> str:
+        return shop.text().splitlines()[0]
+
+    served.set_state("running")
+    assert verdict() == "all is delivered, up to date"
+    served.set_state("retrying", "the disk is full")
+    assert verdict() == "1 of 1 sink does not deliver: shop/audit"
+    served.set_state("running")
+    shop.cursor.execute('drop trigger "00_cdc_capture" on orders')
+    assert verdict() == "look at the triggers of shop"
+
+
 def test_a_healthy_database_is_summed_up_in_one_line(shop: Shop, served: Outbox) -> None:
     served.set_state("running")
     lines = shop.text().splitlines()
@@ -377,7 +390,10 @@ def test_a_prepared_transaction_holds_back_too(tmp_path: Path) -> None:
 def test_a_database_that_was_never_migrated_is_not_installed(bare: Shop) -> None:
     state = bare.json()["shop"]
     assert (state["state"], state["sinks"], state["armed"]) == ("not installed", {}, None)
-    assert bare.text() == "shop: not installed: cdc is not installed in this database (run cdc migrate)\n"
+    assert bare.text() == (
+        "1 of 1 database cannot be served: shop\n\n"
+        "shop: not installed: cdc is not installed in this database (run cdc migrate)\n"
+    )
 
 
 def test_another_revision_is_said_and_nothing_is_read(shop: Shop) -> None:
@@ -420,7 +436,7 @@ def test_in_a_pipe_columns_are_aligned_without_boxes_colours_or_trailing_blanks(
     shop.config["sinks"]["a-sink-with-a-long-name"] = {"type": "stdout"}
     shop.migrate()
     lines = shop.text().splitlines()
-    header, rows = lines[0], lines[1:3]
+    header, rows = lines[2], lines[3:5]
     assert all(row.index("down") == header.index("state") for row in rows)
     assert all(line == line.rstrip() for line in lines)
     assert shop.text().isascii()

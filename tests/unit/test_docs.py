@@ -104,5 +104,7 @@ def test_nothing_tracked_names_a_machine() -> None:
         pytest.skip("not a git checkout")
     suspicious = re.compile(r"/(?:work|root|home/\w+)/(?:main|\.pyenv|\.library)|pypi\.(?!org\b)\w+\.internal")
     for name in listed.stdout.splitlines():
+        if name.endswith(".png"):
+            continue
         text = (ROOT / name).read_text(encoding="utf-8")
         assert not suspicious.search(text), name
