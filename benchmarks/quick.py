@@ -186,7 +186,7 @@ def backlog(bench: Bench, rows: int = 200_000) -> None:
     with bench.daemon() as daemon:
         while not bench.out.exists() or bench.out.stat().st_size == 0:
             time.sleep(0.01)
-        while bench.run("select snap_hi is not null or (select count(*) from cdc.sink) = 0 from cdc.sink"):
+        while bench.run("select snap_hi is not null or (select count(*) from cdc.position) = 0 from cdc.position"):
             peak = max(peak, daemon.memory_info().rss)
             time.sleep(0.05)
         took = time.perf_counter() - began

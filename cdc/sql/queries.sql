@@ -18,12 +18,16 @@ select array_agg(a.attname::text order by k.n)
 
 -- name: register_sink
 -- Give a new sink its first position: before everything kept (earliest), or here. One that is known keeps its own.
-insert into cdc.sink (name, system_identifier, timeline, snap_lo)
-select %(sink)s, p.system_identifier, p.timeline,
-       case when %(start)s = 'earliest' then '3:3:'::pg_snapshot else pg_current_snapshot() end
-  from cdc.place() p
-    on conflict (name) do nothing
-returning name;
+with new as (
+  insert into cdc.sink (name, system_identifier, timeline)
+  select %(sink)s, p.system_identifier, p.timeline from cdc.place() p
+      on conflict (name) do nothing
+  returning name, epoch
+)
+insert into cdc.position (sink, epoch, snap_lo)
+select new.name, new.epoch, case when %(start)s = 'earliest' then '3:3:'::pg_snapshot else pg_current_snapshot() end
+  from new
+returning sink;
 
 -- name: join_process
 -- Say which process this session belongs to, for as long as it lasts.
@@ -55,9 +59,9 @@ select seq, txid, captured_at, captured_table, op,
 
 -- name: acknowledge
 -- Acknowledge without reading on: the last word of a pipeline that stops. No row: another daemon serves the sink.
-update cdc.sink set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()
- where name = %(sink)s and epoch = %(epoch)s and snap_hi is not null
-returning name;
+update cdc.position set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()
+ where sink = %(sink)s and epoch = %(epoch)s and snap_hi is not null
+returning sink;
 
 -- name: set_state
 -- What a sink is doing, for people; written on changes only. No row: another daemon serves it.
@@ -209,16 +213,16 @@ select pg_current_snapshot()::text;
 -- Which of these sinks have not delivered everything a snapshot shows, and every dead letter that was asked for. Nothing to
 -- deliver counts as delivered.
 select k.name
-  from cdc.sink k
+  from cdc.sink k join cdc.position p on p.sink = k.name
  where k.name = any (%(sinks)s)
    and (exists (select from cdc.dead_letter d where d.sink = k.name and (d.wanted or d.parked) and d.wanted)
-        or not cdc.covers(k.snap_lo, %(target)s::pg_snapshot)
-   and (k.snap_hi is not null
+        or not cdc.covers(p.snap_lo, %(target)s::pg_snapshot)
+   and (p.snap_hi is not null
         or exists (select from cdc.event e
-                    where e.txid >= pg_snapshot_xmax(k.snap_lo) and e.txid < pg_snapshot_xmax(%(target)s::pg_snapshot)
+                    where e.txid >= pg_snapshot_xmax(p.snap_lo) and e.txid < pg_snapshot_xmax(%(target)s::pg_snapshot)
                       and pg_visible_in_snapshot(e.txid, %(target)s::pg_snapshot))
         or exists (select from cdc.event e
-                    where e.txid = any (array(select x from pg_snapshot_xip(k.snap_lo) as x
+                    where e.txid = any (array(select x from pg_snapshot_xip(p.snap_lo) as x
                                                where pg_visible_in_snapshot(x, %(target)s::pg_snapshot))))));
 
 -- name: ring_self
@@ -263,9 +267,9 @@ select name from gone;
 
 -- name: moved_sinks
 -- Sinks whose position was taken in another cluster and says nothing here.
-select k.name from cdc.sink k, cdc.place() p
- where k.system_identifier <> p.system_identifier
-   and (p.is_copy or pg_snapshot_xmax(k.snap_lo) > pg_snapshot_xmax(pg_current_snapshot()))
+select k.name from cdc.sink k join cdc.position p on p.sink = k.name, cdc.place() here
+ where k.system_identifier <> here.system_identifier
+   and (here.is_copy or pg_snapshot_xmax(p.snap_lo) > pg_snapshot_xmax(pg_current_snapshot()))
  order by k.name;
 
 -- name: rebase
@@ -344,24 +348,25 @@ select e.seq, e.txid, to_char(e.captured_at at time zone 'UTC', 'YYYY-MM-DD"T"HH
 
 -- name: sink_status
 -- Where every sink stands. Pending counts at most 100001 events and includes those the sink does not want.
-select k.name, k.state, k.owner, k.last_error, k.last_error_at, k.delivered_at,
+select k.name, k.state, k.owner, k.last_error, k.last_error_at, p.delivered_at,
        h.pid is not null as served,
        extract(epoch from clock_timestamp() - h.heard_at)::float8 as silent_for,
-       p.pending,
-       extract(epoch from clock_timestamp() - p.oldest)::float8 as lag,
+       w.pending,
+       extract(epoch from clock_timestamp() - w.oldest)::float8 as lag,
        l.dead_letters, k.dropped, l.parked, k.paused, k.state_since
   from cdc.sink k
+  join cdc.position p on p.sink = k.name
   left join lateral cdc.holder(k.id, k.epoch) h on true
   cross join lateral (
     select count(*) as dead_letters, count(*) filter (where d.parked) as parked
       from cdc.dead_letter d where d.sink = k.name) l
   cross join lateral (
-    select count(*) as pending, min(w.captured_at) as oldest
+    select count(*) as pending, min(e.captured_at) as oldest
       from (select e.captured_at from cdc.event e
-             where (e.txid >= pg_snapshot_xmax(k.snap_lo)
-                    or e.txid = any (array(select pg_snapshot_xip(k.snap_lo))))
-               and not (k.snap_hi is not null and pg_visible_in_snapshot(e.txid, k.snap_hi) and e.seq <= k.last_seq)
-             limit 100001) w) p
+             where (e.txid >= pg_snapshot_xmax(p.snap_lo)
+                    or e.txid = any (array(select pg_snapshot_xip(p.snap_lo))))
+               and not (p.snap_hi is not null and pg_visible_in_snapshot(e.txid, p.snap_hi) and e.seq <= p.last_seq)
+             limit 100001) e) w
  order by k.name;
 
 -- name: outbox_bytes
@@ -426,14 +431,14 @@ select a.pid, coalesce(nullif(a.application_name, ''), a.usename, '?'), coalesce
 -- pending event of the oldest transaction.
 select extract(epoch from clock_timestamp() - least(
          (select e.captured_at from cdc.event e
-           where e.txid >= pg_snapshot_xmax(k.snap_lo)
-             and not (k.snap_hi is not null and pg_visible_in_snapshot(e.txid, k.snap_hi) and e.seq <= k.last_seq)
+           where e.txid >= pg_snapshot_xmax(p.snap_lo)
+             and not (p.snap_hi is not null and pg_visible_in_snapshot(e.txid, p.snap_hi) and e.seq <= p.last_seq)
            order by e.txid, e.seq limit 1),
          (select min(e.captured_at) from cdc.event e
-           where e.txid = any (array(select pg_snapshot_xip(k.snap_lo)))
-             and not (k.snap_hi is not null and pg_visible_in_snapshot(e.txid, k.snap_hi) and e.seq <= k.last_seq))
+           where e.txid = any (array(select pg_snapshot_xip(p.snap_lo)))
+             and not (p.snap_hi is not null and pg_visible_in_snapshot(e.txid, p.snap_hi) and e.seq <= p.last_seq))
        ))::float8
-  from cdc.sink k where k.name = %(sink)s;
+  from cdc.position p where p.sink = %(sink)s;
 
 -- name: pulse
 -- How a database does beside its sinks: the outbox on disk, how full the notification queue is, whether a listener asks
@@ -504,6 +509,7 @@ select w.privilege, w.kind || ' cdc' || coalesce('.' || w.object, '')
     ('truncate', 'table', 'event_0'), ('truncate', 'table', 'event_1'), ('truncate', 'table', 'event_2'),
     ('select', 'sequence', 'event_seq'), ('update', 'sequence', 'event_seq'),
     ('select', 'table', 'sink'), ('insert', 'table', 'sink'), ('update', 'table', 'sink'), ('delete', 'table', 'sink'),
+    ('select', 'table', 'position'), ('insert', 'table', 'position'), ('update', 'table', 'position'),
     ('select', 'table', 'origin'),
     ('select', 'table', 'dead_letter'), ('insert', 'table', 'dead_letter'),
     ('update', 'table', 'dead_letter'), ('delete', 'table', 'dead_letter'),

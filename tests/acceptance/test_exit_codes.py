@@ -496,7 +496,7 @@ def test_the_first_signal_lets_the_batch_in_hand_be_delivered_and_acknowledged(s
     with stuck(shop) as release, running(shop) as daemon:
         daemon.wait_until("Serving.")
         shop.insert(1)
-        wait_for(lambda: shop.one("select snap_hi is not null from cdc.sink"))
+        wait_for(lambda: shop.one("select snap_hi is not null from cdc.position"))
         daemon.signal(signal.SIGTERM)
         daemon.wait_until("Draining")
         shop.insert(2)  # too late for this daemon
@@ -504,7 +504,7 @@ def test_the_first_signal_lets_the_batch_in_hand_be_delivered_and_acknowledged(s
         release()
         assert daemon.end() == 0
     assert shop.keys() == [1]
-    assert shop.one("select last_seq = (select min(seq) from cdc.event) from cdc.sink")
+    assert shop.one("select last_seq = (select min(seq) from cdc.event) from cdc.position")
     assert shop.run("run", "--until-idle").code == 0
     assert shop.keys() == [1, 2]
 
@@ -520,7 +520,7 @@ def test_the_second_signal_ends_at_once_and_what_was_in_hand_comes_again(
     with stuck(shop), running(shop) as daemon:
         daemon.wait_until("Serving.")
         shop.insert(1)
-        wait_for(lambda: shop.one("select snap_hi is not null from cdc.sink"))
+        wait_for(lambda: shop.one("select snap_hi is not null from cdc.position"))
         daemon.signal(first)
         daemon.wait_until("Draining")
         daemon.signal(second)

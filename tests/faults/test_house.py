@@ -208,7 +208,7 @@ def test_what_a_read_touches_does_not_grow_with_the_history_that_is_kept(
     fetch(writer, "insert into churn select i, 0, '' from generate_series(1000, %s) i", (1000 + history - 1,))
     project.cdc("run", "--until-idle")
     fetch(writer, "update churn set n = 1 where id < 10")
-    fetch(writer, "update cdc.sink set epoch = 77")
+    fetch(writer, "update cdc.sink set epoch = 77; update cdc.position set epoch = 77")
     fetch(
         writer, "select count(*) from cdc.next_batch('mirror', 77, null, 500, 1000000)"
     )  # plans, and opens the window

@@ -313,7 +313,7 @@ def test_time_outs_and_defaults_of_the_daemons_role_do_not_matter(
         daemon.lives_for(1.5)  # without a word, where each session may be idle for 1 s
         with Workload(dsn, seed, math.inf, writers=4, rate=50) as work:
             wait_for_more(project, 50)
-            ask(owner, "begin; select from cdc.sink for update")
+            ask(owner, "begin; select from cdc.position for update")
             daemon.lives_for(1.0)  # with a statement that waits, where it may take 0.7 s, and for a lock 1 ms
             ((waiting,),) = cluster.query(
                 "select count(*) from pg_stat_activity where application_name = %s and wait_event_type = 'Lock'",

@@ -43,7 +43,7 @@ AUDIT = """
     create table audit (at timestamptz not null default clock_timestamp(), pid int not null, epoch bigint not null);
     create function audit() returns trigger language plpgsql security definer as
     $$ begin insert into public.audit (pid, epoch) values (pg_backend_pid(), new.epoch); return null; end $$;
-    create trigger audit after update on cdc.sink for each row
+    create trigger audit after update on cdc.position for each row
       when ((old.snap_lo::text, old.snap_hi::text, old.last_seq)
             is distinct from (new.snap_lo::text, new.snap_hi::text, new.last_seq))
       execute function audit();
@@ -408,7 +408,7 @@ def test_ignoring_the_epoch_is_found_out(
         assert judge(project, work, seed, mistake, figures).lost == (20 if guilty else 0)
 
 
-POSITION = "select snap_hi is null, last_seq, epoch from cdc.sink"
+POSITION = "select snap_hi is null, last_seq, epoch from cdc.position"
 
 
 @GUILTY

@@ -253,7 +253,7 @@ def test_a_canary_is_nowhere_not_in_the_book_a_payload_a_log_a_file_or_an_error(
     everything = payloads + [
         path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".yaml"
     ]
-    for table in ("cdc.event", "cdc.captured_table", "cdc.sink", "cdc.dead_letter"):
+    for table in ("cdc.event", "cdc.captured_table", "cdc.sink", "cdc.position", "cdc.dead_letter"):
         everything.append(str(fetch(writer, f"select t::text from {table} t")))
     # The user's write fails for want of space in the outbox: PostgreSQL's own error quotes the row that failed.
     fetch(writer, "alter table cdc.event_0 add check (false) not valid")

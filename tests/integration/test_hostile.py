@@ -103,6 +103,7 @@ def test_he_cannot_attach_the_trigger_to_a_table_of_his_own(mallory: connection)
         "select * from cdc.event",
         "select * from cdc.event_0",
         "select * from cdc.sink",
+        "select * from cdc.position",
         "select * from cdc.dead_letter",
         "select * from cdc.secret",
         "insert into cdc.event_0 (seq) values (1)",

@@ -739,9 +739,9 @@ def test_a_new_sink_starts_here_or_at_the_earliest_event(shop: Shop) -> None:
 def test_a_position_once_taken_is_kept(shop: Shop) -> None:
     shop.migrate(sinks={"audit": "now"})
     shop.run("insert into orders values (1, 'new')")
-    before = shop.query("select * from cdc.sink")
+    before = shop.query("select * from cdc.position")
     assert shop.migrate(sinks={"audit": "earliest"}) == ["public.orders: unchanged"]
-    assert shop.query("select * from cdc.sink") == before
+    assert shop.query("select * from cdc.position") == before
 
 
 # -- a fleet ----------------------------------------------------------------------------------------------------

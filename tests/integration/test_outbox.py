@@ -111,8 +111,8 @@ def kill(conn: connection, reader: Reader) -> None:
         assert time.monotonic() < deadline
 
 
-def sink_row(conn: connection) -> tuple[Any, ...]:
-    return fetch(conn, "select xmin, ctid, k.* from cdc.sink k")[0]
+def position_row(conn: connection) -> tuple[Any, ...]:
+    return fetch(conn, "select xmin, ctid, p.* from cdc.position p")[0]
 
 
 # -- an idle look -------------------------------------------------------------------------------------------------
@@ -120,15 +120,16 @@ def sink_row(conn: connection) -> tuple[Any, ...]:
 
 def test_nothing_to_read_is_none_and_writes_nothing(shop: connection, read: Callable[..., Reader]) -> None:
     reader = read()
-    before = sink_row(shop)
+    before = position_row(shop)
     for acked in (None, 0, 5, None):
         assert reader.outbox.next_batch(acked, events=10, bytes_=1000) is None
-    assert sink_row(shop) == before
+    assert position_row(shop) == before
 
 
 def test_an_idle_look_takes_no_transaction_id(shop: connection, session: Callable[[], connection]) -> None:
     one = session()
-    fetch(one, "insert into cdc.sink (name, system_identifier, timeline, snap_lo) values ('s', 1, 1, '3:3:')")
+    fetch(one, "insert into cdc.sink (name, system_identifier, timeline) values ('s', 1, 1)")
+    fetch(one, "insert into cdc.position (sink, epoch, snap_lo) values ('s', 0, '3:3:')")
     one.commit()
     assert fetch(one, "select * from cdc.next_batch('s', 0, null, 10, 1000)") == []
     assert value(one, "select pg_current_xact_id_if_assigned()") is None
@@ -140,19 +141,53 @@ def test_when_the_end_is_acknowledged_the_next_looks_write_nothing_either(
     fetch(shop, "insert into item select i, 0 from generate_series(1, 10) i")
     reader = read()
     assert len(reader.everything(events=5)) == 10
-    before = sink_row(shop)
+    before = position_row(shop)
     assert reader.page() == []
-    assert sink_row(shop) == before
+    assert position_row(shop) == before
 
 
 def test_other_peoples_transactions_cost_an_idle_sink_nothing(shop: connection, read: Callable[..., Reader]) -> None:
     fetch(shop, "create table other (i integer)")
     reader = read()
-    before = sink_row(shop)
+    before = position_row(shop)
     for _ in range(20):
         fetch(shop, "insert into other values (1)")
         assert reader.page() == []
-    assert sink_row(shop) == before
+    assert position_row(shop) == before
+
+
+# -- a transaction that stays open --------------------------------------------------------------------------------
+
+
+def test_what_a_transaction_that_stays_open_keeps_of_the_position_makes_no_batch_slower(
+    shop: connection, session: Callable[[], connection], read: Callable[..., Reader]
+) -> None:
+    """Counted in pages, not in seconds: of the position's dead versions, which nobody can clear away meanwhile."""
+    fetch(session(), "select pg_current_xact_id()")  # stays open
+    reader = read()
+    fetch(shop, "insert into item values (1, 0)")
+    assert ids(reader.page()) == [1]
+    many = (
+        "do $$ begin for i in 1..20000 loop update cdc.position set delivered_at = clock_timestamp(); end loop; end $$"
+    )
+    fetch(shop, many)
+    fetch(shop, "insert into item values (2, 0)")
+    found = reader.page(value(shop, "select min(seq) from cdc.event"))  # finds the row again
+    assert ids(found) == [2]
+    fetch(shop, "insert into item values (3, 0)")
+
+    def pages(acked: int) -> int:
+        ((plan,),) = reader.connection.query(
+            "explain (analyze, buffers, format json)"
+            " select * from cdc.next_batch('audit', %(epoch)s, %(acked)s, 9, 999)",
+            {"epoch": reader.outbox.epoch, "acked": acked},
+        )
+        assert plan[0]["Plan"]["Actual Rows"] == 1
+        return plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"]
+
+    assert pages(found[0].source.seq) < 100
+    reader.connection.execute("set cdc.position_at = ''")  # as if it remembered nothing
+    assert pages(found[0].source.seq) > 200
 
 
 # -- windows ------------------------------------------------------------------------------------------------------
@@ -165,8 +200,8 @@ def test_one_round_trip_acknowledges_and_reads_on(shop: connection, read: Callab
     second = reader.page(first[-1].source.seq, events=2)
     assert ids(first) == [1, 2]
     assert ids(second) == [3, 4]
-    assert value(shop, "select last_seq from cdc.sink") == first[-1].source.seq
-    assert value(shop, "select delivered_at from cdc.sink") is not None
+    assert value(shop, "select last_seq from cdc.position") == first[-1].source.seq
+    assert value(shop, "select delivered_at from cdc.position") is not None
     assert ids(reader.page(second[-1].source.seq, events=2)) == [5]
 
 
@@ -289,11 +324,11 @@ def test_a_window_stays_the_same_until_it_is_exhausted(
     fetch(shop, "insert into item select i, 0 from generate_series(1, 4) i")
     reader = read()
     first = reader.page(events=2)
-    snapshots = fetch(shop, "select snap_lo, snap_hi from cdc.sink")
+    snapshots = fetch(shop, "select snap_lo, snap_hi from cdc.position")
     open_one.commit()  # has the lowest seq of all
     fetch(shop, "insert into item values (5, 0)")
     assert ids(reader.page(first[-1].source.seq, events=2)) == [3, 4]
-    assert fetch(shop, "select snap_lo, snap_hi from cdc.sink") == snapshots
+    assert fetch(shop, "select snap_lo, snap_hi from cdc.position") == snapshots
     assert ids(reader.everything()) == [3, 4, 100, 5]
 
 
@@ -306,7 +341,7 @@ def test_a_new_owner_reads_the_same_window_from_where_it_was_acknowledged(
     reader = read()
     first = reader.page(events=2)
     lost = reader.page(first[-1].source.seq, events=2)
-    snapshots = fetch(shop, "select snap_lo, snap_hi from cdc.sink")
+    snapshots = fetch(shop, "select snap_lo, snap_hi from cdc.position")
     open_one.commit()
     fetch(shop, "insert into item values (7, 0)")
     kill(shop, reader)
@@ -315,7 +350,7 @@ def test_a_new_owner_reads_the_same_window_from_where_it_was_acknowledged(
     assert again[:2] == lost
     assert [event.id for event in again[:2]] == [event.id for event in lost]
     assert ids(again) == [3, 4, 5]
-    assert fetch(shop, "select snap_lo, snap_hi from cdc.sink") == snapshots
+    assert fetch(shop, "select snap_lo, snap_hi from cdc.position") == snapshots
     assert ids(heir.page(again[-1].source.seq)) == [6]
     assert ids(heir.everything()) == [6, 100, 7]
 
@@ -587,7 +622,7 @@ def test_an_owner_of_an_older_epoch_is_refused_and_changes_nothing(
     page = old.page(events=2)
     old.connection.query("select pg_advisory_unlock_all()")  # alive, and does not know that it lost the sink
     heir = read()
-    before = sink_row(shop)
+    before = position_row(shop)
     with pytest.raises(Fenced):
         old.page(page[-1].source.seq)
     with pytest.raises(Fenced):
@@ -598,7 +633,7 @@ def test_an_owner_of_an_older_epoch_is_refused_and_changes_nothing(
         old.outbox.set_state("retrying", "not mine any more")
     with pytest.raises(Fenced):
         old.outbox.confirm()
-    assert sink_row(shop) == before
+    assert position_row(shop) == before
     assert ids(heir.everything()) == [1, 2, 3, 4, 5, 6]
 
 

@@ -489,7 +489,7 @@ def test_before_letters_are_delivered_what_came_before_is_acknowledged(
             ask(installed, dead_letters.want)
             parked.pipeline._asked_at = 0.0
         else:
-            seen.append((caught_up(side), value(side, "select last_seq from cdc.sink")))
+            seen.append((caught_up(side), value(side, "select last_seq from cdc.position")))
 
     parked.sink.script = script
     insert(items, 9, text="new")

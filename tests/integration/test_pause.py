@@ -105,7 +105,7 @@ def test_a_busy_sink_is_paused_between_two_batches_and_what_it_had_is_acknowledg
     wait_for(lambda: status(items)[0] == "paused", NOTICED)
     count = len(run.sink.delivered)
     assert count < 5000
-    assert value(items, "select last_seq from cdc.sink") == run.sink.delivered[-1].source.seq
+    assert value(items, "select last_seq from cdc.position") == run.sink.delivered[-1].source.seq
     sinks("resume", "audit")
     wait_for(lambda: len(run.sink.delivered) > count, NOTICED)
     assert keys(run.sink.delivered[: count + 1]) == list(range(1, count + 2))
@@ -358,7 +358,7 @@ def test_a_daemon_told_to_stop_does_not_wait_for_a_sink_that_hangs_and_loses_not
         assert not caught_up(items, "audit")
     finally:
         go_on.set()
-    wait_for(lambda: not any(p.is_alive() for database in served._databases for p in database.pipelines))
+    wait_for(lambda: not any(pipeline.is_alive() for pipeline in served.fleet.pipelines()))
     heir = prepare("audit", owner="heir").start()
     wait_for(lambda: caught_up(items, "audit"))
     assert len(heir.sink.delivered) <= 1  # the sink has returned after all, and that was acknowledged

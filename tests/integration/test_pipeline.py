@@ -401,7 +401,7 @@ def test_under_the_policy_stop_the_pipeline_stops_and_the_position_stays(
     assert error == run.pipeline.stopped_because
     assert "can never be delivered: 1 event(s): field too long" in error
     assert keys(run.sink.delivered) == [1, 2, 3]
-    assert value(shop, "select last_seq from cdc.sink") == run.sink.delivered[2].source.seq
+    assert value(shop, "select last_seq from cdc.position") == run.sink.delivered[2].source.seq
     assert dead_letters(shop) == []
     assert run.sink.calls == ["open", "close"]
     again = prepare()
@@ -506,7 +506,7 @@ def test_a_stop_during_retries_ends_soon_and_acknowledges_only_what_was_delivere
     began = time.monotonic()
     run.end()
     assert time.monotonic() - began < 2
-    assert value(shop, "select last_seq from cdc.sink") == run.sink.delivered[1].source.seq
+    assert value(shop, "select last_seq from cdc.position") == run.sink.delivered[1].source.seq
     heir = prepare().start()
     wait_for(lambda: caught_up(shop))
     assert keys(heir.sink.delivered) == [3, 4]
@@ -531,7 +531,7 @@ def test_a_stop_during_a_delivery_waits_for_it_and_acknowledges_it(
     go_on.set()
     run.end()
     assert keys(run.sink.delivered) == [1, 2]
-    assert value(shop, "select last_seq from cdc.sink") == run.sink.delivered[1].source.seq
+    assert value(shop, "select last_seq from cdc.position") == run.sink.delivered[1].source.seq
 
 
 def test_a_stop_while_the_sink_cannot_be_opened_ends_soon(shop: connection, prepare: Callable[..., Run]) -> None:
@@ -657,7 +657,7 @@ def test_a_fenced_pipeline_acknowledges_nothing_and_waits(
     rival = connect(installed)
 
     def script(batch: list[Event]) -> None:
-        fetch(shop, "update cdc.sink set epoch = epoch + 1, owner = 'rival'")
+        fetch(shop, "update cdc.sink set epoch = epoch + 1, owner = 'rival'; update cdc.position set epoch = epoch + 1")
         run.sink.script = raising()
 
     run.sink.script = script
@@ -667,7 +667,7 @@ def test_a_fenced_pipeline_acknowledges_nothing_and_waits(
     wait_for(lambda: value(rival, "select pg_try_advisory_lock(6513764, id) from cdc.sink"))
     wait_for(lambda: run.sink.calls[-1:] == ["close"])
     assert not caught_up(shop)
-    assert value(shop, "select delivered_at from cdc.sink") is None
+    assert value(shop, "select delivered_at from cdc.position") is None
     wait_for(lambda: run.pipeline.state == "waiting")
     rival.close()
     wait_for(lambda: caught_up(shop))

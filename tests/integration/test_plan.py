@@ -453,8 +453,8 @@ Run = Callable[[str, str, Connect], None]
 def contents(shop: Shop) -> dict[str, object]:
     """What a migration writes into tables of its own, but for when and where."""
     found: dict[str, object] = {}
-    for table in ("captured_table", "installation", "alembic_version", "sink"):
-        columns = "name, epoch, last_seq, state" if table == "sink" else "*"
+    for table in ("captured_table", "installation", "alembic_version", "sink", "position"):
+        columns = {"sink": "name, epoch, state", "position": "sink, epoch, last_seq"}.get(table, "*")
         found[table] = shop.query(
             f"select (to_jsonb(t) - 'since' - 'relation')::text from (select {columns} from cdc.{table}) t order by 1"
         )

@@ -158,7 +158,7 @@ def test_it_leaves_no_trace_and_needs_no_more_than_to_be_a_reader(
     role = f"tail_{installed.rpartition('test_')[2].split()[0]}".strip("'\"")
     fetch(shop, f"create role {role} login; grant cdc_reader to {role}")
     try:
-        before = fetch(shop, "select * from cdc.sink")
+        before = fetch(shop, "select * from cdc.position")
         dsn = psycopg2.extensions.make_dsn(installed, user=role)
         with Connection(dsn, purpose="test") as session:
             tail = Tail(session, database="shop")
@@ -166,7 +166,7 @@ def test_it_leaves_no_trace_and_needs_no_more_than_to_be_a_reader(
             assert keys(read_all(tail)) == [1]
             # It writes nothing, not even a transaction id.
             assert session.query("select pg_current_xact_id_if_assigned()") == [(None,)]
-        assert fetch(shop, "select * from cdc.sink") == before
+        assert fetch(shop, "select * from cdc.position") == before
     finally:
         fetch(shop, f"drop role {role}")
 

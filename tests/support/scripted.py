@@ -126,7 +126,7 @@ def insert(conn: connection, *ids: int, text: str = "") -> None:
 
 
 def position(conn: connection, sink: str = "audit") -> tuple[Any, ...]:
-    return fetch(conn, "select snap_lo, snap_hi, last_seq from cdc.sink where name = %s", (sink,))[0]
+    return fetch(conn, "select snap_lo, snap_hi, last_seq from cdc.position where sink = %s", (sink,))[0]
 
 
 def status(conn: connection, sink: str = "audit") -> tuple[Any, ...]:
@@ -140,7 +140,7 @@ def caught_up(conn: connection, sink: str = "audit") -> bool:
         conn,
         """select k.snap_hi is null and not exists (select from cdc.event e
                     where not pg_visible_in_snapshot(e.txid, k.snap_lo))
-             from cdc.sink k where name = %s""",
+             from cdc.position k where sink = %s""",
         (sink,),
     )
     return rows == [(True,)]
