@@ -6,8 +6,9 @@ through others; events of different lanes may be delivered side by side.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from cdc.errors import PermanentFailure, TransientFailure
 from cdc.event import Event, Op, join_object, split_row
 
 Table = tuple[str, str, str]
@@ -88,3 +89,38 @@ def lanes(batch: Sequence[Event]) -> list[list[int]]:
     for index in range(len(batch)):
         found.setdefault(root(index), []).append(index)
     return list(found.values())
+
+
+def in_waves(
+    batch: Sequence[Event],
+    send: Callable[[Sequence[int]], Mapping[int, TransientFailure | PermanentFailure]],
+    *,
+    at_once: int,
+) -> dict[int, TransientFailure | PermanentFailure]:
+    """Send a batch where each event may fail by itself: a lane one event after another, the lanes side by side.
+
+    After a failure nothing more of that lane is sent.
+
+    Args:
+        batch: the events, in order.
+        send: sends the events with these indexes, no two of one lane, and waits for what becomes of them; returns which
+            failed.
+        at_once: it is given at most so many.
+
+    Returns:
+        Index → why it failed, for a :class:`~cdc.errors.PartialFailure`.
+    """
+    failures: dict[int, TransientFailure | PermanentFailure] = {}
+    waits = TransientFailure("an event before it, of the same key, was not taken")
+    going = lanes(batch)
+    depth = 0
+    while going:
+        wave = [lane[depth] for lane in going]
+        for start in range(0, len(wave), at_once):
+            failures.update(send(wave[start : start + at_once]))
+        depth += 1
+        for lane in going:
+            if lane[depth - 1] in failures:
+                failures.update(dict.fromkeys(lane[depth:], waits))
+        going = [lane for lane in going if len(lane) > depth and lane[depth] not in failures]
+    return failures

@@ -301,6 +301,28 @@ class RetryOptions(StrictModel):
         return self
 
 
+class TlsOptions(StrictModel):
+    """How a sink's connection is encrypted; files are read again at each connection.
+
+    Attributes:
+        ca: file of the authorities to trust, PEM; None: the system's.
+        certificate: file of the client's own certificate, and those up to its authority, PEM.
+        key: file of its private key, without a passphrase; None: in the certificate's file.
+        verify: whether the server must prove who it is; False is for tests.
+    """
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    verify: bool = True
+
+    @model_validator(mode="after")
+    def _key_needs_certificate(self) -> TlsOptions:
+        if self.key is not None and self.certificate is None:
+            raise ValueError("key without certificate (name both, or neither)")
+        return self
+
+
 class SinkOptions(StrictModel):
     """The fields every sink shares; a sink subclasses this and narrows `type` to its own ``Literal``.
 

@@ -17,7 +17,7 @@ from cdc.cli.logs import set_up_logging
 from cdc.config import Config
 from cdc.errors import ConfigError
 from cdc.rowmodel import Validate
-from cdc.sinks import option_models
+from cdc.sinks import missing_clients, option_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,15 @@ class App:
         if (directory := str(self.path.parent.resolve())) not in sys.path:
             sys.path.append(directory)  # last: nothing that is installed is replaced
         return rowmodel.load_all(config, self.path)
+
+    def check_clients(self, config: Config) -> None:
+        """Whether this program can speak to every sink; only the commands that do, or judge, ask.
+
+        Raises:
+            ConfigError: sinks whose client library is not installed.
+        """
+        if missing := missing_clients(config.sinks):
+            raise ConfigError([f"{self.path}: sinks.{name}.type: {message}" for name, message in missing.items()])
 
     def select(self, names: tuple[str, ...]) -> list[str]:
         """The databases a command is about: those named, or all.

@@ -29,6 +29,7 @@ def check(app: App, names: tuple[str, ...], as_json: bool) -> None:
     """
     selected = app.select(names)
     app.load_models(app.config)
+    app.check_clients(app.config)
     with app.places(selected) as places:
         dsns = {name: (place.dsn, place.migrate_dsn) for name, place in places.items()}
         findings = diagnosis.check(app.config, selected, dsns) + _exposed(app, selected)

@@ -55,6 +55,7 @@ def run(app: App, first_migrate: bool, until_idle: bool) -> None:
 
     def check(config: Config) -> None:
         console.check(config.http)
+        app.check_clients(config)
         app.load_models(config)
 
     check(app.config)

@@ -35,7 +35,7 @@ from cdc.options import (
     matches,
 )
 
-SINK_TYPES: Final = ("stdout", "file", "webhook", "kafka", "redis", "nats", "rabbitmq", "postgres", "python")
+SINK_TYPES: Final = ("stdout", "file", "webhook", "kafka", "redis", "nats", "rabbitmq", "mqtt", "postgres", "python")
 """Every sink type the contract names, whether this version has it or not."""
 
 

@@ -35,9 +35,11 @@ class Rig(ABC):
 
     Attributes:
         kind: the sink's type.
+        deduplicates: the destination itself drops an event whose id it has had.
     """
 
     kind: ClassVar[str]
+    deduplicates: ClassVar[bool] = False
 
     def __init__(self, directory: Path) -> None:
         """Start the server; everything it writes goes below `directory`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cdc import config as configuration
 from cdc.cli import main
 from cdc.config import Config, DatabaseConfig, LogConfig, TableConfig
 from cdc.event import Event
-from cdc.options import BatchOptions, RetryOptions
+from cdc.options import BatchOptions, RetryOptions, SinkOptions, TlsOptions
 from cdc.sinks import SINKS, option_models
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def test_every_global_option_is_in_the_readme(parameter: str) -> None:
     sorted(
         {
             name
-            for model in (Config, DatabaseConfig, TableConfig, LogConfig, BatchOptions, RetryOptions)
+            for model in (Config, DatabaseConfig, TableConfig, LogConfig, BatchOptions, RetryOptions, TlsOptions)
             for name in model.model_fields
         }
         | {name for model in option_models().values() for name in model.model_fields}
@@ -72,8 +73,36 @@ def test_every_key_is_in_the_example_configuration(key: str) -> None:
 @pytest.mark.parametrize("kind", sorted(SINKS))
 def test_every_sink_has_a_file_a_place_in_the_example_and_one_in_the_readme(kind: str) -> None:
     assert (ROOT / "cdc" / "sinks" / f"{kind}.py").is_file()
-    assert re.search(rf"^    type: {kind}\b", EXAMPLE, flags=re.MULTILINE)
+    assert re.search(rf"^  (  |#   )type: {kind}\b", EXAMPLE, flags=re.MULTILINE)
     assert f"`{kind}`" in README
+    index = (ROOT / "docs" / "sinks" / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| \[?`{kind}`", index, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, sink in sorted(SINKS.items()) if sink.clients])
+def test_a_sink_with_a_client_library_has_an_extra_and_a_page_that_explains_its_keys(kind: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert extras[kind]
+    assert any(re.search(rf"[\[,]{kind}[,\]]", requirement) for requirement in extras["all"])
+    page = (ROOT / "docs" / "sinks" / f"{kind}.md").read_text(encoding="utf-8")
+    assert f"table-cdc[{kind}]" in page
+    own = set(SINKS[kind].Options.model_fields) - set(SinkOptions.model_fields)
+    assert [key for key in sorted(own) if not re.search(rf"`{key}\b|\b{key}:", page)] == []
+
+
+@pytest.mark.parametrize("name", re.findall(r"^  # (\w+):", EXAMPLE, flags=re.MULTILINE))
+def test_a_sink_that_is_commented_out_shows_its_defaults(tmp_path: Path, name: str) -> None:
+    lines = EXAMPLE.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"  # {name}:"))
+    end = next(number for number in range(start + 1, len(lines)) if not lines[number].startswith("  #   "))
+    lines[start:end] = [line.replace("# ", "", 1) for line in lines[start:end]]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(lines))
+    sink = configuration.load(path, option_models(), {}).sinks[name]
+    required = {key for key, field in type(sink).model_fields.items() if field.is_required()}
+    assert sink == type(sink)(**{key: getattr(sink, key) for key in required})
+    own = set(type(sink).model_fields) - set(SinkOptions.model_fields)
+    assert own <= sink.model_fields_set, "every key of its own is shown"
 
 
 def test_the_readmes_configuration_is_one(tmp_path: Path) -> None:
@@ -93,9 +122,10 @@ def test_ci_finds_its_two_lines_in_the_readme() -> None:
         assert re.search(rf"^python3 -m venv .*{what}", README, flags=re.MULTILINE)
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists()
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists()
 
 
 def test_nothing_tracked_names_a_machine() -> None:

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cdc.config import Config, DatabaseConfig, DsnFile, HttpConfig, LogConfig, TableConfig
-from cdc.options import BatchOptions, Duration, RetryOptions, SinkOptions, Size
+from cdc.options import BatchOptions, Duration, RetryOptions, SinkOptions, Size, TlsOptions
 from cdc.sinks import option_models
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -51,6 +51,7 @@ BLOCKS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("sinks.NAME", "What every sink has, whatever its type.", SinkOptions),
     ("sinks.NAME.batch", "", BatchOptions),
     ("sinks.NAME.retry", "", RetryOptions),
+    ("sinks.NAME.tls", "Of the sinks that have one; `tls: {}` is TLS with nothing special.", TlsOptions),
     ("http", "Left out: no console, no metrics, no health. Needs `pip install 'table-cdc[http]'`.", HttpConfig),
     ("log", "`--log-level` and `--log-format` overrule it.", LogConfig),
 )
@@ -65,7 +66,8 @@ def page() -> str:
         title = f"sinks.NAME, type: {kind}"
         parts += [f"## {title}\n", *(table(options, own) if own else ["Nothing beyond what every sink has.\n"])]
         for name in own:
-            if block := block_of(options.model_fields[name].annotation):
+            block = block_of(options.model_fields[name].annotation)
+            if block is not None and block not in [shared for _, _, shared in BLOCKS]:
                 parts += [f"## sinks.NAME.{name}, type: {kind}\n", *table(block)]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
@@ -96,8 +98,9 @@ def explanations(model: type[BaseModel]) -> dict[str, str]:
             continue
         document = inspect.cleandoc(owner.__doc__ or "")
         _, _, attributes = document.partition("Attributes:\n")
-        for name, text in re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", attributes, re.DOTALL | re.MULTILINE):
-            found[name] = tidy(text)
+        keys = r"^ {4}\w+(?:, \w+)*: "
+        for names, text in re.findall(rf"({keys})(.*?)(?={keys}|\Z)", attributes, re.DOTALL | re.MULTILINE):
+            found.update(dict.fromkeys(names.strip(" :").split(", "), tidy(text)))
         [body] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(body, ast.ClassDef)
         for key, below in pairwise(body.body):
@@ -116,6 +119,7 @@ def explanations(model: type[BaseModel]) -> dict[str, str]:
 
 def tidy(text: str) -> str:
     words = " ".join(text.split()).replace("``", "`").rstrip(".").replace("None means all", "left out: all")
+    words = words.replace("None: ", "left out: ")
     words = re.sub(r"; see `[\w.]+`.*", "", words)
     return words.replace("|", "\\|")
 
