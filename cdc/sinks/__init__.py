@@ -13,15 +13,19 @@ from cdc.encoding import Encoder
 from cdc.options import SinkOptions
 from cdc.sinks.base import Sink, how_to_get
 from cdc.sinks.file import FileSink
+from cdc.sinks.kafka import KafkaSink
 from cdc.sinks.mqtt import MqttSink
 from cdc.sinks.nats import NatsSink
+from cdc.sinks.rabbitmq import RabbitmqSink
 from cdc.sinks.redis import RedisSink
 from cdc.sinks.stdout import StdoutSink
 
 SINKS: dict[str, type[Sink[Any]]] = {
     "file": FileSink,
+    "kafka": KafkaSink,
     "mqtt": MqttSink,
     "nats": NatsSink,
+    "rabbitmq": RabbitmqSink,
     "redis": RedisSink,
     "stdout": StdoutSink,
 }

@@ -57,17 +57,19 @@ class Service:
         command: counts from the next start on.
     """
 
-    def __init__(self, command: Sequence[str | Path], port: int, log: Path) -> None:
+    def __init__(self, command: Sequence[str | Path], port: int, log: Path, *, patience: float = PATIENCE) -> None:
         """Start it.
 
         Args:
             command: the program and what it is told.
             port: where it will take connections, on 127.0.0.1.
             log: for what it says on both its streams.
+            patience: seconds it may take to start.
         """
         self.command = command
         self._port = port
         self._log = log
+        self._patience = patience
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -85,7 +87,7 @@ class Service:
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._log.parent
             )
         what = f"{Path(self.command[0]).name} takes connections"
-        until(lambda: self._listens() or process.poll() is not None, what, PATIENCE)
+        until(lambda: self._listens() or process.poll() is not None, what, self._patience)
         assert process.poll() is None, f"it ended: {self._log.read_text(errors='replace')[-3000:]}"
 
     def kill(self) -> None:
