@@ -37,7 +37,7 @@ import psycopg2
 from cdc import config as configuration
 from cdc import embedded
 from cdc.event import Event, Image, Op
-from cdc.formats import FORMATS
+from cdc.formats import encoder
 from cdc.sinks import SINKS, create, option_models
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -110,7 +110,7 @@ def options_of(block: dict[str, object], directory: Path) -> Any:
 def deliver(rig: Rig, directory: Path, batches: Sequence[Sequence[Event]]) -> tuple[float, float]:
     """Events a second through the sink alone, and microseconds of our own processor time for each."""
     options = options_of(rig.configuration(), directory)
-    sink = create("out", options, FORMATS[options.format])
+    sink = create("out", options, encoder(options.format, options.binding))
     sink.open()
     try:
         sink.deliver(events(1, 1))  # whatever is done once is done

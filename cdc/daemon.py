@@ -40,7 +40,7 @@ from cdc.connection import Connection
 from cdc.errors import CdcError, DatabaseUnreachable, NotInstalled, WrongCluster
 from cdc.event import Event
 from cdc.fleet import Database, Fleet
-from cdc.formats import FORMATS
+from cdc.formats import encoder
 from cdc.keeper import Keeper
 from cdc.listener import Listener
 from cdc.metrics import SAMPLE_INTERVAL, Meter
@@ -272,7 +272,7 @@ class Daemon:
         return Pipeline(
             database.dsn,
             database=database.name,
-            sink=create(name, options, FORMATS[options.format]),
+            sink=create(name, options, encoder(options.format, options.binding)),
             bell=database.bell,
             stop=threading.Event(),
             owner=self._owner,

@@ -16,6 +16,8 @@ class Encoder:
 
     content_type: ClassVar[str] = "application/json"
     """Media type of what :meth:`encode` returns."""
+    batch_content_type: ClassVar[str] = "application/json"
+    """Media type of a JSON array of such texts."""
 
     def encode(self, event: Event) -> str:
         """The event as one line of text. Raises PermanentFailure when the format cannot say it."""

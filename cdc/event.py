@@ -458,11 +458,7 @@ def native(
     context: str | None,
     truncated: bool,
 ) -> str:
-    """The native format, of parts that are JSON text already: `names` by :func:`table_names`, the images, the context.
-
-    A column of type json keeps the line breaks it was written with. Inside a JSON string a raw line break is illegal,
-    so every one found here is white space between tokens, and one event stays one line.
-    """
+    """The native format, of parts that are JSON text already: `names` by :func:`table_names`, images, context."""
     line = (
         f'{{"version":1,"id":{quote(id_)},"op":"{op.value}","source":{{"database":{quote(database)},{names},'
         f'"seq":{seq},"txid":{txid},"ts":"{ts}"}},'
@@ -470,7 +466,7 @@ def native(
         f'"changed":{"null" if changed is None else "[" + ",".join(map(quote, changed)) + "]"},'
         f'"context":{context or "null"}' + (',"truncated":true}' if truncated else "}")
     )
-    return line.replace("\n", " ").replace("\r", " ")
+    return _one_line(line)
 
 
 def table_names(schema: str, table: str) -> str:
@@ -485,3 +481,14 @@ def format_timestamp(moment: datetime) -> str:
 
 def _raw(value: Json | None) -> str | None:
     return None if value is None else value.raw
+
+
+def on_one_line(value: Json | None) -> str:
+    """The text of a value, or ``null``, without line breaks."""
+    return "null" if value is None else _one_line(value.raw)
+
+
+def _one_line(text: str) -> str:
+    # A column of type json keeps the line breaks it was written with. Inside a JSON string a raw one is illegal, so
+    # every one found here is white space between tokens.
+    return text.replace("\n", " ").replace("\r", " ")

@@ -22,7 +22,7 @@ from collections.abc import Hashable
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -44,6 +44,12 @@ EventOp = Literal["insert", "update", "delete", "truncate", "read"]
 
 FailurePolicy = Literal["dead_letter", "park_key", "stop"]
 """What becomes of an event that can never be delivered."""
+
+Format = Literal["native", "debezium", "cloudevents", "cloudevents-binary", "flat"]
+"""How an event is written: docs/formats.md."""
+
+Binding = Literal["http", "kafka"]
+"""How a protocol with headers names those that are an event's attributes (CloudEvents' protocol bindings)."""
 
 ALL_CAPTURE_OPS: Final[tuple[CaptureOp, ...]] = get_args(CaptureOp)
 ALL_EVENT_OPS: Final[tuple[EventOp, ...]] = get_args(EventOp)
@@ -327,6 +333,7 @@ class SinkOptions(StrictModel):
     """The fields every sink shares; a sink subclasses this and narrows `type` to its own ``Literal``.
 
     Attributes:
+        binding: how headers go beside an event at this sink; None: it has no headers.
         type: the sink's name in the registry.
         databases: names of configured databases; None means all of them.
         tables: patterns of the tables whose events this sink wants.
@@ -339,19 +346,27 @@ class SinkOptions(StrictModel):
         on_permanent_failure: what becomes of an event that can never be delivered.
     """
 
+    binding: ClassVar[Binding | None] = None
+
     type: str
     databases: Annotated[tuple[str, ...], Distinct] | None = None
     tables: Annotated[tuple[TablePattern, ...], Distinct] = ("*.*",)
     ops: Annotated[tuple[EventOp, ...], Distinct] = ALL_EVENT_OPS
     filter: Annotated[str, AfterValidator(filters.check)] | None = None
-    format: Literal["native", "debezium", "cloudevents", "flat"] = "native"
+    format: Format = "native"
     start: Literal["now", "earliest", "backfill"] = "now"
     batch: BatchOptions = BatchOptions()
     retry: RetryOptions = RetryOptions()
     on_permanent_failure: FailurePolicy = "dead_letter"
 
-    _format = not_supported_yet("format", except_for=("native",))
     _start = not_supported_yet("start", except_for=("now", "earliest"))
+
+    @field_validator("format")
+    @classmethod
+    def _can_be_written(cls, value: Format) -> Format:
+        if value == "cloudevents-binary" and cls.binding is None:
+            raise ValueError("a format for sinks with headers, which this one is not (write cloudevents)")
+        return value
 
     def wants(self, database: str, schema: str, table: str, op: EventOp) -> bool:
         """Whether an event of this database, table and operation is to be delivered here."""

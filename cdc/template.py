@@ -25,21 +25,25 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _CACHED = 10_000
 
 
+def check(text: str, *names: str) -> str:
+    """The text itself, if it is a template that uses only these placeholders. Raises ValueError, fit for a finding."""
+    known = ", ".join(f"{{{name}}}" for name in names)
+    for name in _PLACEHOLDER.findall(text):
+        if name not in names and not ("key.COLUMN" in names and name.startswith("key.") and len(name) > len("key.")):
+            raise ValueError(f"a placeholder that does not exist (known: {known})")
+    if set("{}") & set(fixed_part(text)):
+        raise ValueError(f"a brace without its partner (placeholders: {known})")
+    return text
+
+
 def checked(*names: str) -> AfterValidator:
     """For ``Annotated[str, checked(*ROUTE)]``: a template that uses only these placeholders."""
-    known = ", ".join(f"{{{name}}}" for name in names)
+    return AfterValidator(lambda text: check(text, *names))
 
-    def check(text: str) -> str:
-        for name in _PLACEHOLDER.findall(text):
-            if name not in names and not (
-                "key.COLUMN" in names and name.startswith("key.") and len(name) > len("key.")
-            ):
-                raise ValueError(f"a placeholder that does not exist (known: {known})")
-        if set("{}") & set(_PLACEHOLDER.sub("", text)):
-            raise ValueError(f"a brace without its partner (placeholders: {known})")
-        return text
 
-    return AfterValidator(check)
+def fixed_part(text: str) -> str:
+    """A template without its placeholders."""
+    return _PLACEHOLDER.sub("", text)
 
 
 class Template:

@@ -16,6 +16,7 @@ from cdc import embedded, rowmodel
 from cdc.cli.logs import set_up_logging
 from cdc.config import Config
 from cdc.errors import ConfigError
+from cdc.formats import missing_libraries
 from cdc.rowmodel import Validate
 from cdc.sinks import missing_clients, option_models
 
@@ -83,10 +84,14 @@ class App:
         """Whether this program can speak to every sink; only the commands that do, or judge, ask.
 
         Raises:
-            ConfigError: sinks whose client library is not installed.
+            ConfigError: sinks whose client library, or whose format's, is not installed.
         """
-        if missing := missing_clients(config.sinks):
-            raise ConfigError([f"{self.path}: sinks.{name}.type: {message}" for name, message in missing.items()])
+        clients, libraries = missing_clients(config.sinks), missing_libraries(config.sinks)
+        if clients or libraries:
+            raise ConfigError(
+                [f"{self.path}: sinks.{name}.type: {message}" for name, message in clients.items()]
+                + [f"{self.path}: sinks.{name}.format: {message}" for name, message in libraries.items()]
+            )
 
     def select(self, names: tuple[str, ...]) -> list[str]:
         """The databases a command is about: those named, or all.

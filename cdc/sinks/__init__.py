@@ -19,6 +19,7 @@ from cdc.sinks.nats import NatsSink
 from cdc.sinks.rabbitmq import RabbitmqSink
 from cdc.sinks.redis import RedisSink
 from cdc.sinks.stdout import StdoutSink
+from cdc.sinks.webhook import WebhookSink
 
 SINKS: dict[str, type[Sink[Any]]] = {
     "file": FileSink,
@@ -28,6 +29,7 @@ SINKS: dict[str, type[Sink[Any]]] = {
     "rabbitmq": RabbitmqSink,
     "redis": RedisSink,
     "stdout": StdoutSink,
+    "webhook": WebhookSink,
 }
 
 

@@ -43,14 +43,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, create_model, model_validator
 
 from cdc.encoding import Encoder
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event, quote
-from cdc.options import Distinct, Duration, SinkOptions, StrictModel, TlsOptions
+from cdc.options import Binding, Distinct, Duration, SinkOptions, StrictModel, TlsOptions
 from cdc.sinks.base import Sink, require
 from cdc.template import ROUTE, Template, checked
 
@@ -197,6 +197,8 @@ class KafkaOptions(SinkOptions):
         timeout: seconds until a batch that is not acknowledged counts as a transient failure.
         options: of librdkafka, those of an allow-list.
     """
+
+    binding: ClassVar[Binding | None] = "kafka"
 
     type: Literal["kafka"]
     brokers: Annotated[tuple[Annotated[str, AfterValidator(_broker)], ...], Distinct]

@@ -34,7 +34,7 @@ from cdc.connection import Connection
 from cdc.daemon import Daemon, Plan
 from cdc.errors import TransientFailure
 from cdc.event import Event, Image, Op
-from cdc.formats import FORMATS
+from cdc.formats import encoder
 from cdc.outbox import Outbox, Owner
 from cdc.sinks import SINKS, create, option_models
 from cdc.sinks.base import Sink
@@ -286,7 +286,7 @@ def opened() -> Iterator[Callable[..., Sink[Any]]]:
 
     def make(directory: Path, sink: dict[str, object]) -> Sink[Any]:
         options = load(directory, "dbname=shop", sink).sinks[SINK]
-        made.append(create(SINK, options, FORMATS[options.format]))
+        made.append(create(SINK, options, encoder(options.format, options.binding)))
         return made[-1]
 
     yield make

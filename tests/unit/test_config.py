@@ -813,7 +813,6 @@ def test_a_filter_is_compiled_when_the_file_is_read_and_not_quoted(expression: s
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        (with_sink("{type: stdout, format: flat}"), "sinks.out.format"),
         (with_sink("{type: stdout, start: backfill}"), "sinks.out.start"),
         *((with_sink(f"{{type: {name}, url: x}}"), "sinks.out.type") for name in config.SINK_TYPES[2:]),
     ],
@@ -924,7 +923,7 @@ LATER = [line for line in EXAMPLE.read_text().splitlines() if re.match(r" *# \w+
 
 def test_the_example_marks_every_refusal() -> None:
     marked = {line.split("#")[1].split(":")[0].strip() for line in LATER}
-    assert marked == {"format", "start", "type"}
+    assert marked == {"start", "type"}
 
 
 @pytest.mark.parametrize("line", LATER, ids=lambda line: line.split("#")[1].split(":")[0].strip())

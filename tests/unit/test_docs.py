@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -15,7 +16,7 @@ from cdc import config as configuration
 from cdc.cli import main
 from cdc.config import Config, DatabaseConfig, LogConfig, TableConfig
 from cdc.event import Event
-from cdc.options import BatchOptions, RetryOptions, SinkOptions, TlsOptions
+from cdc.options import BatchOptions, Format, RetryOptions, SinkOptions, TlsOptions
 from cdc.sinks import SINKS, option_models
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,11 @@ def test_ci_finds_its_two_lines_in_the_readme() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists()
+
+
+@pytest.mark.parametrize("name", get_args(Format))
+def test_every_format_has_a_section(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 
 
 def test_nothing_tracked_names_a_machine() -> None:

@@ -272,7 +272,7 @@ def test_a_sink_wants_what_its_databases_tables_and_ops_say(
     ("key", "value", "complaint"),
     [
         ("filter", "op", "not a condition: its value is of type string (write one that is true or false)"),
-        ("format", "debezium", "not supported yet (use native)"),
+        ("format", "cloudevents-binary", "a format for sinks with headers, which this one is not (write cloudevents)"),
         ("start", "backfill", "not supported yet (use now or earliest)"),
         ("ops", (), "an empty list (write at least one entry, or leave the key out)"),
         ("ops", ("insert", "insert"), "lists the same entry twice (keep one)"),
