@@ -205,7 +205,15 @@ class Connection:
     pooled: bool
     _session: _Session
 
-    def __init__(self, dsn: str, *, purpose: str, read_write: bool = True, deadline: float = QUERY_DEADLINE) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        purpose: str,
+        read_write: bool = True,
+        deadline: float = QUERY_DEADLINE,
+        source: bool = True,
+    ) -> None:
         """Connect and prepare the session.
 
         Args:
@@ -213,6 +221,7 @@ class Connection:
             purpose: shown to DBAs as application_name, after ``cdc``.
             read_write: refuse a standby, or pass it over where the dsn names several hosts.
             deadline: seconds for one round trip, unless a call says otherwise.
+            source: it has schema cdc, or should; what the server complains about is explained by that.
 
         Raises:
             DatabaseUnreachable: no server, no answer in time, it refuses the login, or none of several is the primary.
@@ -220,6 +229,7 @@ class Connection:
             DatabaseError: the server is too old, or the dsn is none.
         """
         self._deadline = deadline
+        self._source = source
         parts = _parse(dsn)
         options = {"application_name": f"cdc {purpose}", "client_encoding": "UTF8", **_options(parts, read_write)}
         hosts = _hosts(parts)
@@ -289,6 +299,16 @@ class Connection:
         # Sent together they are one transaction.
         return self._run(f"set local statement_timeout = {_server_share(deadline)};\n{sql}", parameters)
 
+    def step(
+        self, sql: str, parameters: Sequence[object] | dict[str, object] = (), *, deadline: float | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Run one statement of a transaction, the one that begins it included; as :meth:`query` otherwise.
+
+        What the server lets it take is the transaction's to say (``set local statement_timeout``), and should be less.
+        """
+        self._session.allow(self._deadline if deadline is None else deadline)
+        return self._run(sql, parameters)
+
     def execute(self, sql: str, parameters: Sequence[object] | dict[str, object] = ()) -> None:
         """Run one statement, or several separated by semicolons, for their effect. Raises as :meth:`query`."""
         self.query(sql, parameters)
@@ -351,6 +371,11 @@ class Connection:
 
     def _translate(self, error: Exception) -> DatabaseError:
         sqlstate = getattr(error, "pgcode", None) or ""
+        translated = self._in_our_words(error, sqlstate)
+        translated.sqlstate = sqlstate
+        return translated
+
+    def _in_our_words(self, error: Exception, sqlstate: str) -> DatabaseError:
         message = first_line(error)
         # A server that breaks off in the middle is not always seen to have gone; what it sent has no SQLSTATE then.
         broke_off = not sqlstate and type(error) in {psycopg2.DatabaseError, psycopg2.OperationalError}
@@ -360,9 +385,9 @@ class Connection:
             return DatabaseUnreachable(f"connection lost: {message}")
         if sqlstate in _SQLSTATES_OF_THEIR_OWN:
             return _SQLSTATES_OF_THEIR_OWN[sqlstate](message)
-        if sqlstate in _SQLSTATES_NOT_INSTALLED and "cdc" in message:
+        if self._source and sqlstate in _SQLSTATES_NOT_INSTALLED and "cdc" in message:
             return NotInstalled(f"{message} (run `cdc migrate`)")
-        if sqlstate == _SQLSTATE_FORBIDDEN and "cdc" in message:
+        if self._source and sqlstate == _SQLSTATE_FORBIDDEN and "cdc" in message:
             return DatabaseError(f"{message} (grant cdc_reader to this role, as `cdc migrate` does)")
         return DatabaseError(message)
 

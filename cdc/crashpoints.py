@@ -25,6 +25,11 @@ POINTS: Final[tuple[str, ...]] = (
     "before-deliver",  # the events are chosen, the sink has none of them
     "half-written",  # file sink: half of the data is written
     "after-write",  # file sink: all of it is written and not synced yet
+    "before-commit",  # postgres sink: the target has all of it and has not committed
+    "before-close",  # file sink: a file is about to be closed and given its last name
+    "after-close",  # file sink: it has that name, and no next one was begun
+    "half-compressed",  # file sink: part of a closed file is compressed
+    "after-compress",  # file sink: a closed file is there twice, whole and compressed
     "after-deliver",  # the sink has the events, nobody else knows
     "in-back-off",  # the sink failed, about to wait for the next attempt
     "after-dead-letter",  # a dead letter is stored, its batch not acknowledged

@@ -49,7 +49,13 @@ class EmbeddedError(CdcError):
 
 
 class DatabaseError(CdcError):
-    """A database call failed for a reason a new connection will not mend."""
+    """A database call failed for a reason a new connection will not mend.
+
+    Attributes:
+        sqlstate: the server's code for it; empty when the server has said nothing.
+    """
+
+    sqlstate = ""
 
 
 class DatabaseUnreachable(DatabaseError):

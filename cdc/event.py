@@ -78,10 +78,7 @@ def split_object(text: str) -> dict[str, str]:
                 position = _skip(text, _expect(text, position, ","))
             name, position = scanstring(text, _expect(text, position, '"'))
             start = _skip(text, _expect(text, _skip(text, position), ":"))
-            try:
-                _, end = _scanner.raw_decode(text, start)
-            except RecursionError:
-                _, end = _read_deep(text, start, raw=True)
+            end = _end_of(text, start)
             members[name] = text[start:end]
             position = _skip(text, end)
         if _skip(text, position + 1) != len(text):
@@ -110,9 +107,48 @@ def split_row(text: str) -> dict[str, str]:
     return split_object(text)
 
 
+_FLAT_ARRAY = re.compile(r'\[([^\s",{}\[\]]+(?:,[^\s",{}\[\]]+)*)\]')
+
+
+def split_array(text: str) -> list[str]:
+    """Split a JSON array into its elements, each left as the text it was written in.
+
+    Raises:
+        ValueError: `text` is not exactly one JSON array.
+    """
+    if flat := _FLAT_ARRAY.fullmatch(text):  # numbers, as PostgreSQL writes them
+        return flat[1].split(",")
+    elements: list[str] = []
+    try:
+        position = _skip(text, 0)
+        if text[position] != "[":
+            raise ValueError("not a JSON array")
+        position = _skip(text, position + 1)
+        while text[position] != "]":
+            if elements:
+                position = _skip(text, _expect(text, position, ","))
+            end = _end_of(text, position)
+            elements.append(text[position:end])
+            position = _skip(text, end)
+        if _skip(text, position + 1) != len(text):
+            raise ValueError("text after the JSON array")
+    except IndexError:
+        raise ValueError("the JSON array ends too early") from None
+    return elements
+
+
 def join_object(members: Mapping[str, str]) -> str:
     """The inverse of :func:`split_object`."""
     return "{" + ",".join([f"{quote(name)}:{value}" for name, value in members.items()]) + "}"
+
+
+def _end_of(text: str, position: int) -> int:
+    """Where the JSON value ends that begins here. Raises ValueError, IndexError."""
+    try:
+        end: int = _scanner.raw_decode(text, position)[1]
+    except RecursionError:
+        end = _read_deep(text, position, raw=True)[1]
+    return end
 
 
 _SCALAR = re.compile(r"true|false|null|(?P<whole>-?(?:0|[1-9][0-9]*))(?P<rest>(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)")

@@ -187,6 +187,15 @@ class Outbox:
         size = sum(len(image) for row in rows for image in row[5:7] if image is not None)
         return Batch(found, rows[-1][0], len(rows) >= events or size >= bytes_)
 
+    def window(self) -> tuple[str | None, int]:
+        """Which window is being read, and up to which seq it is acknowledged. Raises as :meth:`next_batch`.
+
+        Returns:
+            A name that no other window has, of any cluster or timeline, or None when none is open; and the seq.
+        """
+        window, acked = self._owned(QUERIES["window"], {"sink": self._sink, "epoch": self.epoch})
+        return window, acked
+
     def acknowledge(self, acked: int) -> None:
         """Acknowledge without reading on. Raises as :meth:`next_batch`."""
         self._owned(QUERIES["acknowledge"], {"sink": self._sink, "epoch": self.epoch, "acked": acked})

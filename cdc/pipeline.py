@@ -69,7 +69,7 @@ from cdc.metrics import Meter
 from cdc.options import SinkOptions
 from cdc.outbox import PATIENCE, Batch, Outbox, Owner, join_process
 from cdc.retry import keep_alive, retrying
-from cdc.sinks.base import Sink
+from cdc.sinks.base import Page, Sink
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +195,7 @@ class Pipeline(threading.Thread):
                 self._letters.look()
                 self._ask(outbox)
                 self._wait_while_paused(outbox)
+                self._turn_to(outbox)
                 self._guarded(outbox, self._watched, outbox, self._sink.open)
                 self._loop(outbox)
             except SinkDisabled as error:
@@ -240,6 +241,7 @@ class Pipeline(threading.Thread):
                 acked = None
                 if batch is not None:
                     lively = True
+                    self._turn_to(outbox)
                     if not self._process(outbox, batch):
                         return
                     acked = batch.last_seq
@@ -294,6 +296,11 @@ class Pipeline(threading.Thread):
         if batch is not None and batch.full:
             self._share = min(1.0, self._share * 2)
         return batch
+
+    def _turn_to(self, outbox: Outbox) -> None:
+        """Tell a sink that keeps the position itself where in the book it is."""
+        if self._sink.keeps_position:
+            self._sink.begin(Page(self.database, *outbox.window()))
 
     def _process(self, outbox: Outbox, batch: Batch) -> bool:
         """Get a batch off our hands; False when stopped before all of it was."""
@@ -516,7 +523,7 @@ class Pipeline(threading.Thread):
             return
         try:
             self._watched(outbox, self._sink.deliver, list(batch))
-        except SinkDisabled:
+        except (SinkDisabled, Fenced):
             raise
         except PermanentFailure as error:
             if len(batch) > 1:

@@ -11,8 +11,8 @@ import click
 from cdc import diagnosis
 from cdc.cli.app import App, pass_app
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, console, plain
-from cdc.config.dsn import has_password
 from cdc.diagnosis import Finding
+from cdc.dsn import has_password
 
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 

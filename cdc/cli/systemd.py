@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from cdc.config.dsn import read_secret
+from cdc.dsn import read_secret
 from cdc.errors import CdcError
 
 UNITS = Path("etc/systemd/system")

@@ -15,9 +15,10 @@ which is raised as a whole:
 
 Findings (`findings`, worded with `words`) come in the order of the file and read ``FILE: path.to.key: what is
 wrong (what would be right)``. They never contain a value: any value may be a secret, or have come from
-``${SECRET}``. Two exceptions: keys, unless they look like a connection string, and the name of a ``dsn_file``.
-A place that already has a finding of step 1 or 2 gets no second one from step 3. Of a connection string (`dsn`)
-only the address is ever shown.
+``${SECRET}``. Three exceptions: keys, unless they look like a connection string, the name of a ``dsn_file``, and the
+module and name that ``call`` stands for.
+A place that already has a finding of step 1 or 2 gets no second one from step 3. Of a connection string
+(`cdc.dsn`) only the address is ever shown.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from pathlib import Path
 from typing import Final
 
 from cdc.config.crosscheck import cross_check
-from cdc.config.dsn import Dsn, DsnFile
 from cdc.config.findings import Findings
 from cdc.config.models import SINK_TYPES, Config, DatabaseConfig, HttpConfig, LogConfig, Name, TableConfig
 from cdc.config.reading import MAX_BYTES, MAX_DEPTH, Unreadable, read
 from cdc.config.validation import validate
 from cdc.config.variables import expand
+from cdc.dsn import Dsn, DsnFile
 from cdc.errors import ConfigError
 from cdc.options import SinkOptions
 

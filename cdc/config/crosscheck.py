@@ -6,7 +6,8 @@ It looks at the plain tree, not at the models, so that a finding elsewhere hides
 from __future__ import annotations
 
 from cdc.config.findings import Findings, at
-from cdc.config.words import known_words, printable
+from cdc.config.words import known_words
+from cdc.dsn import printable
 from cdc.options import is_glob, split
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Final, TypeAlias
 
-from cdc.config.words import printable
+from cdc.dsn import printable
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 """From the top of the file to a value: ``("sinks", "audit", "tables", 0)``."""

@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from cdc.config.dsn import Dsn, DsnFile, describe, read_dsn_file, read_secret
 from cdc.config.words import known_words, listed
+from cdc.dsn import Dsn, DsnFile, describe, either, read_dsn_file, read_secret, resolved
 from cdc.options import (
     ALL_CAPTURE_OPS,
     NAME_BYTES,
@@ -122,15 +122,7 @@ class DatabaseConfig(StrictModel):
     retention: Duration = 86_400.0
     outbox_alarm: Size = Field(default=10 * 2**30, ge=1)
 
-    @field_validator("dsn_file")
-    @classmethod
-    def _either_dsn_or_file(cls, value: DsnFile | None, info: ValidationInfo) -> DsnFile | None:
-        if "dsn" in info.data:  # otherwise it is there, and wrong, and has a finding of its own
-            if value is None and info.data["dsn"] is None:
-                raise ValueError("no connection string (write dsn or dsn_file)")
-            if value is not None and info.data["dsn"] is not None:
-                raise ValueError("given beside dsn (keep one of the two)")
-        return value
+    _either = field_validator("dsn_file")(either)
 
     @model_validator(mode="after")
     def _ephemeral_needs_notify(self) -> DatabaseConfig:
@@ -158,10 +150,7 @@ class DatabaseConfig(StrictModel):
     @property
     def resolved_dsn(self) -> SecretStr:
         """The connection string of the daemon, written as ``dsn`` or read from ``dsn_file``."""
-        dsn = self.dsn_file.dsn if self.dsn_file else self.dsn
-        if dsn is None:  # only model_construct() gets here
-            raise ValueError("a database without a connection string")
-        return dsn
+        return resolved(self.dsn, self.dsn_file)
 
     @property
     def resolved_migrate_dsn(self) -> SecretStr:

@@ -84,7 +84,8 @@ def _in_words(detail: ErrorDetails, path: KeyPath, data: object, sink_types: Map
         message = "missing (this key is required)"
     elif kind == "extra_forbidden":
         keys = _keys_beside(path, data, sink_types)
-        message = f"unknown key ({nearest(str(path[-1]), keys) or known_words('', keys)})"
+        known = known_words("", keys) if keys else "see the documentation of this sink"
+        message = f"unknown key ({nearest(str(path[-1]), keys) or known})"
     elif kind == "literal_error":
         words = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         word = path[-1] if detail["loc"][-1] == "[key]" else value

@@ -1,8 +1,7 @@
-"""How findings and logs are worded: lists of words, guesses at what was meant, names fit to be shown."""
+"""How findings and logs are worded: lists of words, guesses at what was meant."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -28,13 +27,3 @@ def known_words(word: str, known: Iterable[str], also: tuple[str, ...] = ()) -> 
 def cure(*parts: str) -> str:
     """What would be right, said in several parts; empty ones are left out."""
     return "; ".join(filter(None, parts))
-
-
-def printable(text: str) -> str:
-    """A key or a file name on one line; a connection string in the wrong place is not shown at all."""
-    if re.search(r"://[^/]*@|pass(word|file)?\s*=", text):
-        return "***"
-    if not text:
-        return '""'
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= 120 else f"{shown[:119]}…"

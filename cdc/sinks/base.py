@@ -16,6 +16,9 @@ the pipeline halves the batch until it has found it, and nothing of its key over
 
 A sink that speaks through a client library names its modules in :attr:`Sink.clients` and gets them by :func:`require`:
 who does not use the sink needs no library, and who has forgotten it is told its name.
+
+A sink that can store with the events how far it has come, and so take each exactly once, sets
+:attr:`Sink.keeps_position` and is told by :meth:`Sink.begin` where in the book it is.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -36,6 +40,22 @@ from cdc.options import SinkOptions, TlsOptions
 OptionsT = TypeVar("OptionsT", bound=SinkOptions)
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Where in the book of its database a pipeline stands.
+
+    Attributes:
+        database: the database's name in the configuration.
+        window: of which window the next events are. Read again after a crash they are of the same one; rewound to, of
+            another. None: no window is open.
+        after: seq up to which that window was acknowledged.
+    """
+
+    database: str
+    window: str | None
+    after: int
+
+
 class Sink(ABC, Generic[OptionsT]):
     """Base of every sink.
 
@@ -43,11 +63,13 @@ class Sink(ABC, Generic[OptionsT]):
         Options: the model of its configuration.
         clients: modules of other projects that it needs; the extra of the distribution that brings them has the name of
             the sink's type.
+        keeps_position: whether it wants to be told by :meth:`begin` where in the book it is.
         name, options, encoder: as given to it.
     """
 
     Options: ClassVar[type[SinkOptions]]
     clients: ClassVar[tuple[str, ...]] = ()
+    keeps_position: ClassVar[bool] = False
 
     def __init__(self, name: str, options: OptionsT, encoder: Encoder | None = None) -> None:
         """
@@ -59,6 +81,17 @@ class Sink(ABC, Generic[OptionsT]):
         self.name = name
         self.options = options
         self.encoder = encoder or Encoder()
+
+    @classmethod
+    def make(cls, name: str, options: Any, encoder: Encoder) -> Sink[Any]:
+        """A new, unopened sink for these options; one of another class where the options say so."""
+        return cls(name, options, encoder)
+
+    def begin(self, page: Page) -> None:
+        """Take note of what comes next: called before :meth:`open`, once nobody else serves the sink, and then before
+        the first delivery of each page. Called only if :attr:`keeps_position`.
+        """
+        return
 
     def open(self) -> None:
         """Get ready. Called before the first batch, and again after :meth:`close`.

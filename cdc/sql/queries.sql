@@ -57,6 +57,22 @@ select seq, txid, captured_at, captured_table, op,
        replace(context, E'\\', E'\\\\')::bytea
   from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
 
+-- name: window
+-- Which window is being read, by a name that no other window has, and up to where it is acknowledged: from where
+-- cdc.next_batch has left the position, or else by its sink. No row: another daemon has taken the sink over.
+with here as materialized (
+  select p.* from cdc.position p
+   where p.ctid = nullif(current_setting('cdc.position_at', true), '')::tid and p.sink = %(sink)s
+), found as (
+  select h.* from here h
+  union all
+  select p.* from cdc.position p where p.sink = %(sink)s and not exists (select from here)
+)
+select case when f.snap_hi is not null
+            then concat_ws('/', k.system_identifier, k.timeline, f.snap_lo, f.snap_hi) end, f.last_seq
+  from found f join cdc.sink k on k.name = f.sink
+ where f.epoch = %(epoch)s;
+
 -- name: acknowledge
 -- Acknowledge without reading on: the last word of a pipeline that stops. No row: another daemon serves the sink.
 update cdc.position set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()

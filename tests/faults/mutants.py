@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cdc.errors import Fenced
+
 MUTANTS: dict[str, Callable[[], None]] = {}
 """Name → what makes it."""
 
@@ -127,6 +129,31 @@ def rings_whatever_happens() -> None:
     from cdc import listener  # noqa: PLC0415
 
     listener.QUEUE_LIMIT = 2.0
+
+
+@mutation
+def forgets_what_it_wrote() -> None:
+    """Its postgres sink does not note in the target what it has applied."""
+    from cdc.sinks.postgres import PostgresSink  # noqa: PLC0415
+
+    PostgresSink._note = lambda self, applied, events: None  # type: ignore[method-assign]
+
+
+@mutation
+def ignores_the_claim() -> None:
+    """Its postgres sink writes whoever has claimed the target since; and stops where it would die, to fall behind."""
+    from cdc.sinks import postgres  # noqa: PLC0415
+
+    stops_where_it_would_die()
+    start = postgres.PostgresSink._start
+
+    def starts(self: postgres.PostgresSink) -> set[tuple[int, int]]:
+        try:
+            return start(self)
+        except Fenced:
+            return set()
+
+    postgres.PostgresSink._start = starts  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -77,12 +77,14 @@ TURNS = "select last_value >> 24 from cdc.event_seq"
 POISON = "p" * 50
 """A schema whose name makes the sink's file names too long for any file system."""
 BELL = ("before-listen", "after-listen", "before-arm", "after-arm")
+ELSEWHERE = ("before-commit", "before-close", "after-close", "half-compressed", "after-compress")
+"""Points of other sinks, and of files that are closed: see test_exactly_once.py and test_rotation.py."""
 TROUBLE = ("in-back-off", "after-dead-letter", "before-rotate", "after-rotate", "draining", "after-acknowledge")
 PARKING = ("after-park", "before-replay", "after-replay")
 """Reached under another failure policy: see test_parking_kill.py."""
 ROUTES = {
     "bell": BELL,
-    "delivery": tuple(point for point in POINTS if point not in BELL + TROUBLE + PARKING),
+    "delivery": tuple(point for point in POINTS if point not in BELL + TROUBLE + PARKING + ELSEWHERE),
     "trouble": TROUBLE,
 }
 SELDOM = dict.fromkeys((*BELL, *TROUBLE, "after-claim"), 1) | {"in-back-off": 3, "after-dead-letter": 3}

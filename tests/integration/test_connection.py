@@ -27,7 +27,7 @@ from psycopg2.extensions import make_dsn, parse_dsn
 from cdc import connection
 from cdc.connection import Connection
 from cdc.embedded import start
-from cdc.errors import DatabaseError, DatabaseUnreachable, NotPrimary, TooSlow
+from cdc.errors import DatabaseError, DatabaseUnreachable, NotInstalled, NotPrimary, TooSlow
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -264,8 +264,9 @@ def test_the_server_is_told_of_each_call_s_deadline_which_ends_with_the_call(dsn
     for deadline in (0.8, 0.2):
         with within(deadline + SOON), pytest.raises(TooSlow):
             conn.query("select pg_sleep(60)", deadline=deadline)
-    with pytest.raises(DatabaseError, match="division by zero"):
+    with pytest.raises(DatabaseError, match="division by zero") as raised:
         conn.query("select 1/0", deadline=60.0)
+    assert raised.value.sqlstate == "22012"
     assert setting(conn, "statement_timeout") == "250ms"
     with conn.raw.cursor() as cursor:
         cursor.execute("show statement_timeout")
@@ -678,6 +679,14 @@ def test_a_failed_attempt_says_why_in_one_line_and_keeps_the_password(wrong: str
     text = one_line(caught.value)
     assert text.startswith("cannot connect: ")
     assert text.endswith(says)
+
+
+def test_what_a_target_lacks_is_not_explained_by_our_schema(dsn: str, session: Session) -> None:
+    for source, kind in ((True, NotInstalled), (False, DatabaseError)):
+        with pytest.raises(DatabaseError) as caught:
+            session(dsn, source=source).query("select from cdc_position")
+        assert type(caught.value) is kind
+        assert ("cdc migrate" in str(caught.value)) is source
 
 
 def test_a_refused_login_may_be_healed_by_waiting(dsn: str) -> None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
-from cdc.sinks import file as module
+from cdc.sinks import _lines as module
 from cdc.sinks.file import FileOptions, FileSink
 
 Make = Callable[..., Event]
@@ -538,7 +538,7 @@ def test_a_failed_batch_stays_while_a_frozen_process_may_append(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_sync_directory", lambda _: None)
+        patch.setattr(module, "sync_directory", lambda _: None)
         patch.setattr(os, "fsync", fail)
         refused(sink, [make_event(1)])
     sink.deliver([make_event(1)])

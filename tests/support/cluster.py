@@ -174,6 +174,12 @@ class Cluster:
             until(lambda: all(map(_has_gone, children)), "the orphans are gone")
 
     @property
+    def pid(self) -> int:
+        """Of the postmaster."""
+        assert self._process is not None, "it does not run"
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether there is a postmaster."""
         return self._process is not None and self._process.poll() is None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cdc.event import Event, Image, Json, join_object, split_object, split_row
+from cdc.event import Event, Image, Json, join_object, split_array, split_object, split_row
 
 LINE = (
     '{"version":1,"id":"shop-7-20261122080102123456","op":"update",'
@@ -104,6 +104,24 @@ def test_splitting_leaves_every_member_as_it_was_written(row: dict[str, object])
     assert split_object(text) == expected
     assert split_row(text) == expected
     assert split_object(join_object(expected)) == expected
+
+
+@given(st.lists(JSON_VALUES, max_size=6))
+def test_an_array_is_split_as_it_was_written(values: list[object]) -> None:
+    expected = [write(value) for value in values]
+    assert split_array(write(values)) == expected
+    assert split_array(f" [\n{' , '.join(expected)}\t] ") == expected
+
+
+def test_an_array_of_any_depth_is_split() -> None:
+    deep = "[" * 3000 + "]" * 3000
+    assert split_array(f"[1,{deep}]") == ["1", deep]
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1", "[1,", "[1,]", "[1 2]", "{}", "1", "[] 1", '["]', "[,1]"])
+def test_what_is_no_array_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # its words are nobody's contract
+        split_array(text)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Annotated, Final
 from urllib.parse import unquote
 
-from pydantic import AfterValidator, SecretStr
-
-from cdc.config.words import printable
+from pydantic import AfterValidator, SecretStr, ValidationInfo
 
 # A DSN file holds one line; anything larger is another file.
 _MAX_FILE_BYTES: Final = 64 * 1024
@@ -106,6 +104,16 @@ Dsn = Annotated[SecretStr, AfterValidator(_checked_dsn)]
 """A libpq URL, a libpq key=value string, or ``embedded:DIR``; never shown."""
 
 
+def _leads_away(dsn: SecretStr) -> SecretStr:
+    if dsn.get_secret_value().startswith("embedded:"):
+        raise ValueError("embedded: is for source databases (write a libpq URL, or key=value)")
+    return dsn
+
+
+ServerDsn = Annotated[Dsn, AfterValidator(_leads_away)]
+"""A `Dsn` that names a server."""
+
+
 @dataclass(frozen=True)
 class DsnFile:
     """A file that holds a connection string, and the one it held when the configuration was read."""
@@ -178,6 +186,28 @@ def has_password(dsn: SecretStr) -> bool:
     return bool(re.search(r"://[^/@\s]*:[^@\s]+@|(?:^|[\s?&])password\s*=", text))
 
 
+def either(file: DsnFile | None, info: ValidationInfo) -> DsnFile | None:
+    """Validate a field ``dsn_file`` that stands behind ``dsn``, None being the default of each: one has to be there.
+
+    Raises:
+        ValueError: neither is, or both are.
+    """
+    if "dsn" in info.data:  # otherwise it is there, and wrong, and has a finding of its own
+        if file is None and info.data["dsn"] is None:
+            raise ValueError("no connection string (write dsn or dsn_file)")
+        if file is not None and info.data["dsn"] is not None:
+            raise ValueError("given beside dsn (keep one of the two)")
+    return file
+
+
+def resolved(dsn: SecretStr | None, file: DsnFile | None) -> SecretStr:
+    """The connection string, whichever of the two fields holds it."""
+    found = file.dsn if file else dsn
+    if found is None:  # only model_construct() gets here
+        raise ValueError("no connection string")
+    return found
+
+
 def describe(dsn: SecretStr) -> str:
     """Where a connection string leads, fit for logs: ``host=db1 port=5433 dbname=shop`` or ``embedded:DIR``.
 
@@ -191,3 +221,13 @@ def describe(dsn: SecretStr) -> str:
         return printable(f"embedded:{parts['embedded']}")
     shown = (f"{name}={printable(parts[name])}" for name in _PUBLIC_PARTS if parts.get(name))
     return " ".join(shown) or "libpq's default server"
+
+
+def printable(text: str) -> str:
+    """A key or a file name on one line; a connection string in the wrong place is not shown at all."""
+    if re.search(r"://[^/]*@|pass(word|file)?\s*=", text):
+        return "***"
+    if not text:
+        return '""'
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= 120 else f"{shown[:119]}…"
