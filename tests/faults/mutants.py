@@ -132,6 +132,21 @@ def rings_whatever_happens() -> None:
 
 
 @mutation
+def lets_one_deliver_at_a_time() -> None:
+    """All its sinks wait for the one that delivers."""
+    from cdc.pipeline import Pipeline  # noqa: PLC0415
+
+    turn = threading.Lock()
+    hand_over = Pipeline._hand_over
+
+    def waits(self: Pipeline, *arguments: object) -> None:
+        with turn:
+            hand_over(self, *arguments)  # type: ignore[arg-type]
+
+    Pipeline._hand_over = waits  # type: ignore[method-assign]
+
+
+@mutation
 def forgets_what_it_wrote() -> None:
     """Its postgres sink does not note in the target what it has applied."""
     from cdc.sinks.postgres import PostgresSink  # noqa: PLC0415
