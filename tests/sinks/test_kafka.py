@@ -14,6 +14,7 @@ import confluent_kafka
 import mock_kafka as mock
 import pytest
 import trustme
+from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
 from confluent_kafka.admin import AdminClient, NewTopic
 from harness import until
 from mock_kafka import MockKafka
@@ -26,6 +27,8 @@ from cdc import config as configuration
 from cdc.encoding import Encoder
 from cdc.errors import ConfigError, PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event, Image, Op
+from cdc.formats import encoder
+from cdc.options import Format
 from cdc.sinks import kafka as module
 from cdc.sinks import option_models
 from cdc.sinks.kafka import KafkaOptions, KafkaSink, topic_word
@@ -119,6 +122,20 @@ def test_a_message_has_the_events_key_text_and_headers(
         "content-type": "application/cloudevents+json",
         "ce_type": "insert",
     }
+
+
+@pytest.mark.parametrize("name", ["cloudevents", "cloudevents-binary"])
+def test_the_cloudevents_sdk_reads_a_message_in_either_mode(
+    cluster: MockKafka, sink_to: Callable[..., KafkaSink], make_event: Make, name: Format
+) -> None:
+    event = make_event(7, key=42)
+    sink_to(cluster, encoder(name, KafkaOptions.binding), format=name).deliver([event])
+    (message,) = messages(cluster)
+    found = from_kafka_event(
+        KafkaMessage(dict(message.headers() or []), message.key(), message.value() or b"")  # type: ignore[arg-type]
+    )
+    assert (found.get_id(), found.get_type(), found.get_subject()) == (event.id, "cdc.insert", '{"id":42}')
+    assert found.get_data() == json.loads(event.to_json())
 
 
 def test_events_of_a_key_share_a_partition_and_those_without_one_the_tables(
