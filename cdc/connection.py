@@ -276,7 +276,12 @@ class Connection:
             raise
 
     def query(
-        self, sql: str, parameters: Sequence[object] | dict[str, object] = (), *, deadline: float | None = None
+        self,
+        sql: str,
+        parameters: Sequence[object] | dict[str, object] = (),
+        *,
+        deadline: float | None = None,
+        one_snapshot: bool = False,
     ) -> list[tuple[Any, ...]]:
         """Run one statement, commit it, and return all its rows (an empty list when it has none).
 
@@ -284,6 +289,7 @@ class Connection:
             sql: the statement; identifiers only through ``psycopg2.sql``.
             parameters: its values.
             deadline: seconds until the session is given up; None: the session's own.
+            one_snapshot: run it repeatable read: whatever it calls sees the same.
 
         Raises:
             TooSlow: the server lives, but has not finished in time, or somebody cancelled; the session is good.
@@ -297,7 +303,8 @@ class Connection:
         deadline = self._deadline if deadline is None else deadline
         self._session.allow(deadline)
         # Sent together they are one transaction.
-        return self._run(f"set local statement_timeout = {_server_share(deadline)};\n{sql}", parameters)
+        isolation = "set transaction isolation level repeatable read;\n" if one_snapshot else ""
+        return self._run(f"{isolation}set local statement_timeout = {_server_share(deadline)};\n{sql}", parameters)
 
     def step(
         self, sql: str, parameters: Sequence[object] | dict[str, object] = (), *, deadline: float | None = None

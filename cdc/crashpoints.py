@@ -36,6 +36,12 @@ POINTS: Final[tuple[str, ...]] = (
     "after-park",  # a dead letter lets its key wait, or an event waits behind one; its batch not acknowledged
     "before-replay",  # dead letters are chosen, the sink has none of them
     "after-replay",  # the sink has them, and they are still dead letters
+    "after-chunk",  # a chunk of a table is read with its page, neither is used yet
+    "before-rows",  # the page is delivered, the sink has none of the chunk's rows
+    "between-rows",  # the sink has some of the chunk's rows
+    "after-rows",  # the sink has all of them, page and chunk are not acknowledged
+    "after-chunk-stored",  # they are acknowledged, nothing more is read
+    "before-backfill-ends",  # all rows of a table are acknowledged, the backfill still counts as running
     "before-acknowledge",  # about to store the position
     "after-acknowledge",  # the position is stored
     "before-rotate",  # about to turn the outbox to its next child table

@@ -15,9 +15,9 @@ Whatever may be wrong with a row is found while it is decoded, never later in a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -30,6 +30,7 @@ from cdc.event import (
     Op,
     Route,
     Source,
+    format_timestamp,
     join_object,
     native,
     quote,
@@ -38,7 +39,8 @@ from cdc.event import (
 )
 
 Row = tuple[int, str, str, int, str, str | None, str | None, str | None]
-"""seq, txid, captured_at, captured_table, op, old_row, new_row, context; as ``cdc.next_batch`` returns them."""
+"""seq, txid, captured_at, captured_table, op, old_row, new_row, context; as ``cdc.next_batch`` returns them. A row that
+``cdc.backfill_batch`` has read has op r, or R."""
 
 _ROWS: Final = TypeAdapter(
     list[
@@ -47,7 +49,7 @@ _ROWS: Final = TypeAdapter(
             Annotated[str, Field(pattern=r"^[0-9]{1,20}$")],
             Annotated[str, Field(pattern=r"^[0-9]{4,6}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z$")],
             int,
-            Literal["i", "u", "d", "t", "I", "U", "D"],
+            Literal["i", "u", "d", "t", "r", "I", "U", "D", "R"],
             str | None,
             str | None,
             str | None,
@@ -57,7 +59,8 @@ _ROWS: Final = TypeAdapter(
 
 NOT_TEXT: Final = "holds bytes that are no characters in the encoding of the database (UTF-8 where that is SQL_ASCII)"
 
-_OPS: Final = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE}
+OPS: Final = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE, "r": Op.READ}
+"""What the letters of the outbox mean."""
 _DIGITS_ONLY: Final = str.maketrans("", "", "-:.TZ")
 
 
@@ -112,29 +115,36 @@ class Decoder:
         self._tables = table
         self._primary_key = primary_key
 
-    def decode(self, rows: Sequence[tuple[Any, ...]]) -> list[Event | Unreadable]:
-        """The events of a page, in its order."""
+    def decode(self, rows: Sequence[tuple[Any, ...]], ids: Sequence[str] | None = None) -> list[Event | Unreadable]:
+        """The events of a page, in its order.
+
+        Args:
+            rows: as `Row`.
+            ids: one for each, where seq and moment make none; what makes them unique in the database.
+        """
         try:
             checked: Sequence[Row | None] = _ROWS.validate_python(rows, strict=True)
         except ValidationError:
             checked = [_checked(row) for row in rows]
         read = self._read
         events: list[Event | Unreadable] = []
-        for row, valid in zip(rows, checked, strict=True):
+        for index, (row, valid) in enumerate(zip(rows, checked, strict=True)):
+            id_ = self._id(row[0], str(row[2])) if ids is None else f"{self._database}-{ids[index]}"
             try:
                 if valid is None:
                     raise ValueError("not a row of the outbox")
-                events.append(read(valid))
+                events.append(read(valid, id_))
             except (ValueError, LookupError) as error:
-                events.append(self._unreadable(row, error))
+                events.append(self._unreadable(row, id_, error))
         return events
 
-    def decode_bytes(self, row: tuple[Any, ...], codec: str) -> list[Event | Unreadable]:
+    def decode_bytes(self, row: tuple[Any, ...], codec: str, id_: str | None = None) -> list[Event | Unreadable]:
         """The event of a row whose texts are bytes, as one of a page is that could not be had as text.
 
         Args:
             row: as `Row`, with `bytes` for old_row, new_row and context.
             codec: Python's name for the encoding of the database.
+            id_: as for :meth:`decode`.
         """
         *head, old, new, context = row
         images = [None if image is None else bytes(image) for image in (old, new)]
@@ -143,13 +153,14 @@ class Decoder:
         except UnicodeDecodeError:
             was, is_ = ("null" if image is None else f'"{image.hex()}"' for image in images)
             text = f'{{"seq":{head[0]},"old_row_in_hex":{was},"new_row_in_hex":{is_}}}'
-            return [Unreadable(self._id(head[0], head[2]), head[0], text, NOT_TEXT)]
+            name = self._id(head[0], head[2]) if id_ is None else f"{self._database}-{id_}"
+            return [Unreadable(name, head[0], text, NOT_TEXT)]
         # What the application says of itself is no reason to keep the change from anybody.
         said = None if context is None else bytes(context).decode(codec, "backslashreplace")
-        return self.decode([(*head, *texts, said)])
+        return self.decode([(*head, *texts, said)], None if id_ is None else [id_])
 
-    def _read(self, row: Row) -> Event:
-        seq, _, at, table_id, op, old, new, context = row
+    def _read(self, row: Row, id_: str) -> Event:
+        _, _, _, table_id, op, old, new, context = row
         table = self._tables(table_id)
         before, after, changed = old, new, None
         if op == "u" and old is not None and new is not None:
@@ -164,7 +175,7 @@ class Decoder:
                 "_row": row,
                 "_table": table,
                 "_database": self._database,
-                "_id": self._id(seq, at),
+                "_id": id_,
                 "_key": None if image is None or table.key is None else self._key(table, table.key, image),
                 "_before": before,
                 "_after": after,
@@ -173,11 +184,11 @@ class Decoder:
             }
         )
 
-    def _unreadable(self, row: tuple[Any, ...], error: Exception) -> Unreadable:
-        seq, _, at, _, _, old, new, _ = row
+    def _unreadable(self, row: tuple[Any, ...], id_: str, error: Exception) -> Unreadable:
+        seq, _, _, _, _, old, new, _ = row
         text = f'{{"seq":{seq},"old_row":{old or "null"},"new_row":{new or "null"}}}'
         # The error's own text would quote the row.
-        return Unreadable(self._id(seq, str(at)), seq, text, f"not a valid event: {type(error).__name__}")
+        return Unreadable(id_, seq, text, f"not a valid event: {type(error).__name__}")
 
     def _id(self, seq: int, at: str) -> str:
         return f"{self._database}-{seq}-{at.translate(_DIGITS_ONLY)}"
@@ -261,7 +272,7 @@ def _image(text: str | None) -> Image | None:
 _FIELDS: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
     "version": lambda parts: 1,
     "id": lambda parts: parts["_id"],
-    "op": lambda parts: _OPS[parts["_row"][4].lower()],
+    "op": lambda parts: OPS[parts["_row"][4].lower()],
     "source": lambda parts: Source.model_construct(
         database=parts["_database"],
         schema_name=parts["_table"].schema,
@@ -298,7 +309,7 @@ class RowEvent(Event):
         """See :attr:`cdc.event.Event.route`."""
         parts = self.__dict__
         table = parts["_table"]
-        return (parts["_database"], table.schema, table.table, _OPS[parts["_row"][4].lower()])
+        return (parts["_database"], table.schema, table.table, OPS[parts["_row"][4].lower()])
 
     def complete(self) -> Event:
         """The same as a plain :class:`~cdc.event.Event`, for people's own code."""
@@ -320,7 +331,7 @@ class RowEvent(Event):
         context = parts["_context"]
         return native(
             id_=parts["_id"],
-            op=_OPS[op.lower()],
+            op=OPS[op.lower()],
             database=parts["_database"],
             names=parts["_table"].names,
             seq=seq,
@@ -333,6 +344,38 @@ class RowEvent(Event):
             context=None if context is None else context.raw,
             truncated=op.isupper(),
         )
+
+
+def moved_row(event: Event | Unreadable, relations: Collection[int]) -> RowEvent | None:
+    """The whole row, as op ``read``, of an update that tells a part of it and has changed its key; None for others.
+
+    Args:
+        event: of a page.
+        relations: oids of the tables it may be of.
+    """
+    if not isinstance(event, RowEvent):
+        return None
+    parts = event.__dict__
+    table, row = parts["_table"], parts["_row"]
+    if row[4] != "u" or table.relation not in relations or table.image == "full" or table.key is None:
+        return None
+    if set(table.key).isdisjoint(parts["_changed"]):
+        return None
+    # A moment of its own: with its seq it tells one event from all others.
+    at = format_timestamp(datetime.fromisoformat(row[2]) + timedelta(microseconds=1))
+    return row_event(
+        {
+            "_row": (row[0], row[1], at, row[3], "r", None, row[6], None),
+            "_table": table,
+            "_database": parts["_database"],
+            "_id": f"{parts['_id']}-row",
+            "_key": parts["_key"],
+            "_before": None,
+            "_after": row[6],
+            "_changed": None,
+            "_context": None,
+        }
+    )
 
 
 def row_event(parts: dict[str, Any]) -> RowEvent:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeVar
 
-from cdc import installer, listener, outbox
+from cdc import backfill, installer, listener, outbox
+from cdc.backfill import Backfill
 from cdc.config import Config, DatabaseConfig
 from cdc.connection import OLDEST_SERVER, Connection
 from cdc.errors import CdcError, DatabaseUnreachable, InstallError, NotInstalled, NotPrimary
@@ -273,10 +274,12 @@ class SinkLine:
         state: ``running``, ``retrying``, ``dropping``, ``stopped``: as its pipeline says; ``down``: nobody serves it;
             ``new``: it has no position yet; ``unknown``: the configuration no longer has it.
         detail: what the database knows; None for a sink without a position.
+        backfills: those that are not over, and those that have failed; of each table the last one.
     """
 
     state: str
     detail: SinkStatus | None = None
+    backfills: Sequence[Backfill] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +369,14 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
         return DatabaseStatus("wrong revision", reason, revision)
     known = {sink.name: sink for sink in outbox.sink_statuses(connection)}
     lines = {name: SinkLine("new") for name in sinks if name not in known}
-    lines |= {name: SinkLine(_shown_state(sink, configured=name in sinks), sink) for name, sink in known.items()}
+    under_way: dict[str, list[Backfill]] = {}
+    for one in backfill.backfills(connection):
+        if one.state in ("running", "paused", "failed"):
+            under_way.setdefault(one.sink, []).append(one)
+    lines |= {
+        name: SinkLine(_shown_state(sink, configured=name in sinks), sink, under_way.get(name, ()))
+        for name, sink in known.items()
+    }
     drifts, problems = _drift(connection, options, _candidates(connection))
     replaced = installer.replaced_functions(connection)
     if moved := outbox.moved_sinks(connection):
@@ -408,6 +418,7 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
     if sink is None:
         return {
             "state": line.state,
+            "backfills": [],
             "pending": None,
             "pending_capped": False,
             "lag_seconds": None,
@@ -423,6 +434,7 @@ def _sink_json(line: SinkLine) -> dict[str, object]:
         }
     return {
         "state": line.state,
+        "backfills": [one.to_json() for one in line.backfills],
         "pending": sink.pending,
         "pending_capped": sink.capped,
         "lag_seconds": round(sink.lag, 3),

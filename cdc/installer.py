@@ -61,6 +61,9 @@ PAUSE = 1.0
 ROLES = ("cdc_capture", "cdc_nobody", "cdc_reader")
 """What belongs to the cluster, and so to all of its databases together."""
 
+STARTS = {"now": "here", "earliest": "at the earliest event", "backfill": "here, with the rows there are"}
+"""Where a new sink starts, in words."""
+
 BEGIN = """
 select set_config('lock_timeout', %(lock_timeout)s, true);
 select pg_advisory_xact_lock(6513765, 1)
@@ -120,7 +123,7 @@ def migrate(
         database: what to make it equal to.
         dsn: how to reach it as the role that migrates.
         reader_dsn: how the daemon reaches it; its role is granted cdc_reader.
-        sinks: the sinks fed from it, with where each starts (``now`` or ``earliest``).
+        sinks: the sinks fed from it, with where each starts (see `STARTS`).
         on_wait: told why an attempt came to nothing, before the next; may raise, so that there is none.
         upgrade: moves the schema; None: to head.
         triggers: go on to triggers and positions, if the schema is at head then.
@@ -265,7 +268,7 @@ class _Migration:
         for sink, start in self.sinks.items():
             cursor.execute(QUERIES["register_sink"], {"sink": sink, "start": start})
             if cursor.fetchall():
-                yield Change(f"sink {sink}", f"starts {'here' if start == 'now' else 'at the earliest event'}")
+                yield Change(f"sink {sink}", f"starts {STARTS[start]}")
 
     def _grant_reader(self, cursor: ext.cursor) -> Iterator[Change]:
         """Make the daemon's role a member of cdc_reader, where it is another than the one that migrates."""

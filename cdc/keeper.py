@@ -10,6 +10,9 @@ House. The outbox's space is given back once it has been delivered and kept for 
 `outbox_alarm` is said aloud, with the sink that holds it. So is drift: a table of the configuration without its
 trigger, a trigger that is disabled or not the one the configuration wants, a captured table that it does not name.
 
+Moments. Where the book stood is noted every `MOMENTS` seconds in which something was recorded: a timestamp alone
+would not tell what was committed before it.
+
 Watch. A pipeline whose sink does not return from a delivery cannot say so itself; the keeper says it in its stead.
 
 Figures. What it measures on its way is kept for whoever asks (:mod:`cdc.http`), who never waits for the database: the
@@ -23,7 +26,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from cdc import crashpoints, outbox
+from cdc import backfill, crashpoints, outbox
+from cdc.backfill import Backfill
 from cdc.connection import Connection
 from cdc.errors import DatabaseError, TooSlow
 from cdc.metrics import ServerClock
@@ -42,6 +46,8 @@ MEASURING = 10.0
 """Seconds between looks at the outbox and the backlogs while nobody asks."""
 FRESH = 2.0
 """Seconds for which a look is good enough for somebody who asks."""
+MOMENTS = 10.0
+"""Seconds between notes of a position to go back to (``cdc sinks rewind --to TIMESTAMP``)."""
 RECONCILING = 60.0
 """Seconds between looks at the triggers."""
 
@@ -86,6 +92,8 @@ class Keeper(threading.Thread):
         self.pulse: Pulse | None = None
         self.sinks: Mapping[str, SinkStatus] = {}
         """Every sink the database knows, by name; as `pulse`, from the last look."""
+        self.backfills: Sequence[Backfill] = ()
+        """The last backfill of each table for each sink, from then."""
         self.measured_at = float("-inf")
         """When that was, by the monotonic clock."""
         self.heard_at = float("-inf")
@@ -110,7 +118,7 @@ class Keeper(threading.Thread):
 
     def _serve(self) -> None:
         tidied_at = time.monotonic()
-        reconcile_at = 0.0
+        reconcile_at = moment_at = 0.0
         with Connection(self._dsn, purpose="keeper", deadline=DEADLINE) as connection:
             outbox.join_process(connection, self._process)
             self._beat(connection)
@@ -121,6 +129,9 @@ class Keeper(threading.Thread):
                 if now >= tidied_at + min(max(self.retention / 10, shortest), longest):
                     tidied_at = now
                     self._tidy_up(connection)
+                if now >= moment_at:
+                    moment_at = now + MOMENTS
+                    outbox.note_moment(connection)
                 if now >= self.measured_at + (FRESH if self._asked else MEASURING):
                     self._asked = False
                     self._measure(connection)
@@ -148,6 +159,7 @@ class Keeper(threading.Thread):
         try:
             sinks = outbox.sink_statuses(connection)
             pulse = outbox.pulse(connection)
+            self.backfills = backfill.backfills(connection)
         except TooSlow:
             return  # figures are not worth the sign of life that comes next
         self.sinks, self.pulse = {sink.name: sink for sink in sinks}, pulse

@@ -22,7 +22,7 @@ from collections.abc import Hashable
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -62,30 +62,6 @@ class StrictModel(BaseModel):
     """Base of every configuration model: exact types, no unknown keys, immutable, silent about its input."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-def not_supported_yet(field: str, *, except_for: tuple[object, ...] = (None,)) -> Any:
-    """Refuse every value of a field but a few; assign the result to any name in the model's body.
-
-    The default of the field is not checked, and the value is checked against the field's type first: a wrong
-    value is called wrong, a right one that has no code behind it is called not supported yet.
-
-    Args:
-        field: name of the field in the model.
-        except_for: the values that do work.
-
-    Returns:
-        A pydantic validator.
-    """
-    words = [value for value in except_for if isinstance(value, str)]
-    cure = f"use {' or '.join(words)}" if words else "leave it out"
-
-    def refuse(value: object) -> object:
-        if value not in except_for:
-            raise ValueError(f"not supported yet ({cure})")
-        return value
-
-    return field_validator(field)(refuse)
 
 
 # -- durations and sizes --
@@ -358,8 +334,6 @@ class SinkOptions(StrictModel):
     batch: BatchOptions = BatchOptions()
     retry: RetryOptions = RetryOptions()
     on_permanent_failure: FailurePolicy = "dead_letter"
-
-    _start = not_supported_yet("start", except_for=("now", "earliest"))
 
     @field_validator("format")
     @classmethod

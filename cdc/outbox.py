@@ -6,6 +6,7 @@ between two snapshots is the only right one); :mod:`cdc.decoding` makes events o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,11 +42,13 @@ class Batch:
         events: by ascending seq.
         last_seq: what to acknowledge once all of it is delivered.
         full: the page ended because of its limits; more is waiting.
+        rows: of a table, as they are after these events; see :mod:`cdc.backfill`.
     """
 
     events: Sequence[Event | Unreadable]
     last_seq: int
     full: bool
+    rows: Sequence[Event | Unreadable] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,34 @@ class Wishes:
     requests: int
 
 
+@dataclass(frozen=True, slots=True)
+class Skipping:
+    """After some tables were rewound: what a position shows was delivered, and of that only their events come again.
+
+    Attributes:
+        before: transactions from here on are not shown.
+        unless: nor are these, which were in progress.
+        tables: ``schema.table`` of those that were rewound.
+    """
+
+    before: int
+    unless: frozenset[int]
+    tables: frozenset[str]
+
+    @classmethod
+    def of(cls, position: str, tables: Sequence[str]) -> Skipping:
+        """Of a ``pg_snapshot`` as text."""
+        _, xmax, in_progress = position.split(":")
+        return cls(int(xmax), frozenset(map(int, filter(None, in_progress.split(",")))), frozenset(tables))
+
+    def skips(self, event: Event) -> bool:
+        """Whether an event of the stream is not to come again."""
+        source = event.source
+        if f"{source.schema_name}.{source.table}" in self.tables:
+            return False
+        return source.txid < self.before and source.txid not in self.unless
+
+
 class Outbox:
     """One sink's place in the book of one database. Belongs to the thread of its connection."""
 
@@ -112,7 +143,7 @@ class Outbox:
         """Become the one who serves the sink: a lock of this session, and an epoch that fences off everybody else.
 
         Args:
-            start: where a sink begins that has no position yet, ``now`` or ``earliest``.
+            start: where a sink begins that has no position yet: ``now``, ``earliest`` or ``backfill``.
 
         Returns:
             None when another daemon serves it and has been heard of in the last `LEASE` seconds.
@@ -169,8 +200,16 @@ class Outbox:
             return self._batch_in_bytes(parameters, events=events, bytes_=bytes_)
         if not rows:
             return None
-        size = sum(_byte_length(row[5]) + _byte_length(row[6]) for row in rows)
-        return Batch(self._decoder.decode(rows), rows[-1][0], len(rows) >= events or size >= bytes_)
+        return Batch(self.decode(rows), rows[-1][0], is_full(rows, events=events, bytes_=bytes_))
+
+    def decode(self, rows: Sequence[tuple[Any, ...]], ids: Sequence[str] | None = None) -> list[Event | Unreadable]:
+        """The events of rows of the outbox; see :meth:`cdc.decoding.Decoder.decode`."""
+        return self._decoder.decode(rows, ids)
+
+    def skipping(self) -> Skipping | None:
+        """What is not to be delivered again, after some tables were rewound. Raises as :meth:`next_batch`."""
+        shown, tables = self._owned(QUERIES["skips"], {"sink": self._sink, "epoch": self.epoch})
+        return None if shown is None else Skipping.of(shown, tables)
 
     def _page(self, query: str, parameters: dict[str, object]) -> list[tuple[Any, ...]]:
         try:
@@ -184,8 +223,7 @@ class Outbox:
         if not rows:
             return None
         found = self.decode_bytes(rows)
-        size = sum(len(image) for row in rows for image in row[5:7] if image is not None)
-        return Batch(found, rows[-1][0], len(rows) >= events or size >= bytes_)
+        return Batch(found, rows[-1][0], is_full(rows, events=events, bytes_=bytes_))
 
     def window(self) -> tuple[str | None, int]:
         """Which window is being read, and up to which seq it is acknowledged. Raises as :meth:`next_batch`.
@@ -216,13 +254,20 @@ class Outbox:
             raise Fenced(f"sink {self._sink} is served by another daemon")
         return rows[0]
 
-    def decode_bytes(self, rows: Sequence[tuple[Any, ...]]) -> list[Event | Unreadable]:
+    def decode_bytes(
+        self, rows: Sequence[tuple[Any, ...]], ids: Sequence[str] | None = None
+    ) -> list[Event | Unreadable]:
         """The events of rows of the outbox, their columns as ``cdc.next_batch`` has them, but texts of rows as bytes.
 
         Raises:
             DatabaseError: see :meth:`cdc.connection.Connection.query`.
         """
-        return [event for row in rows for event in self._decoder.decode_bytes(row, self._connection.codec)]
+        codec = self._connection.codec
+        return [
+            event
+            for index, row in enumerate(rows)
+            for event in self._decoder.decode_bytes(row, codec, None if ids is None else ids[index])
+        ]
 
     # -- what decoding asks for ---------------------------------------------------------------------------------
 
@@ -239,11 +284,16 @@ class Outbox:
         return columns or ()
 
 
-def _byte_length(text: str | None) -> int:
+def is_full(rows: Sequence[tuple[Any, ...]], *, events: int, bytes_: int) -> bool:
+    """Whether a page ended because of its limits; more is waiting then."""
+    return len(rows) >= events or sum(_byte_length(row[5]) + _byte_length(row[6]) for row in rows) >= bytes_
+
+
+def _byte_length(text: str | bytes | memoryview | None) -> int:
     """How long PostgreSQL counts a text."""
     if text is None:
         return 0
-    return len(text) if text.isascii() else len(text.encode())
+    return len(text.encode()) if isinstance(text, str) and not text.isascii() else len(text)
 
 
 # -- what needs no sink -----------------------------------------------------------------------------------------
@@ -278,12 +328,17 @@ def set_state(connection: Connection, sink: str, *, epoch: int, state: str) -> N
 
 
 def register_sink(connection: Connection, sink: str, *, start: str) -> bool:
-    """Give a sink its first position, ``now`` or ``earliest``; False when it has one already.
+    """Give a sink its first position (``now``, ``earliest``, ``backfill``); False when it has one already.
 
     Raises:
         DatabaseError: see :meth:`cdc.connection.Connection.query`.
     """
     return bool(connection.query(QUERIES["register_sink"], {"sink": sink, "start": start}))
+
+
+def note_moment(connection: Connection) -> None:
+    """Remember now as a position that a sink can be rewound to. Raises as :func:`register_sink`."""
+    connection.query(QUERIES["note_moment"])
 
 
 def current_snapshot(connection: Connection) -> str:
@@ -317,6 +372,103 @@ def forget_sink(connection: Connection, sink: str, *, dead_letters: bool) -> Non
         raise CdcError(f"sink {sink} has {letters} dead letters (--dead-letters discards them)")
     if not connection.query(QUERIES["forget_sink"], {"sink": sink}):
         raise CdcError(f"sink {sink} is served by {owner} (stop that daemon, or let it have the new configuration)")
+
+
+EARLIEST = "3:3:"
+"""The position before everything that is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a sink stands against another position.
+
+    Attributes:
+        position: up to which it has delivered everything.
+        covers: whether that shows everything the other does.
+        passed: whether it has delivered everything the other shows.
+        owner: who serves it; None: nobody.
+        id, epoch: of its claim.
+    """
+
+    position: str
+    covers: bool
+    passed: bool
+    owner: str | None
+    id: int
+    epoch: int
+
+
+def position_at(connection: Connection, moment: datetime) -> str:
+    """A position that shows nothing committed after a moment; what it does not show may have been before.
+
+    Raises:
+        CdcError: the outbox does not have everything since then.
+        DatabaseError: see :meth:`cdc.connection.Connection.query`.
+    """
+    [(position, first)] = connection.query(QUERIES["moments"], {"moment": moment})
+    if position is None:
+        since = "a moment that is yet to come" if first is None else first.isoformat(timespec="seconds")
+        raise CdcError(
+            f"the outbox is known to have everything only since {since} (--to earliest: all that it still has)"
+        )
+    return str(position)
+
+
+def events_since(connection: Connection, position: str) -> list[tuple[str, str, str, int]]:
+    """How many events of which schema, table and operation there are after a position. Raises as :func:`register_sink`.
+
+    The operation is that of the outbox, one letter; see :data:`cdc.decoding.OPS`.
+    """
+    rows = connection.query(QUERIES["events_since"], {"position": position}, deadline=PATIENCE)
+    return [(schema, table, op, number) for schema, table, op, number in rows]
+
+
+def captured_names(connection: Connection) -> list[tuple[str, str]]:
+    """Schema and name of every table that is or was captured. Raises as :func:`register_sink`."""
+    return sorted({(row[2], row[3]) for row in connection.query(QUERIES["captured_tables"])})
+
+
+def standing(connection: Connection, sink: str, position: str) -> Standing | None:
+    """Where a sink stands against a position; None: it has none. Raises as :func:`register_sink`."""
+    rows = connection.query(QUERIES["stands_at"], {"sink": sink, "position": position})
+    return Standing(*rows[0]) if rows else None
+
+
+def rewind(connection: Connection, sink: str, position: str, tables: Sequence[str] | None, *, patience: float) -> bool:
+    """Let a sink go on from another position.
+
+    Whoever serves it is fenced off, and nobody serves it anew before he has noticed or `patience` is over: what he has
+    in hand would come between events that are older.
+
+    Args:
+        connection: an open session, to be closed afterwards.
+        position: where it goes on.
+        tables: ``schema.table`` of those whose events alone come again; None: all.
+        patience: seconds.
+
+    Returns:
+        Whether whoever served it has let go.
+
+    Raises:
+        DatabaseError: see :meth:`cdc.connection.Connection.query`; also when the sink has not come that far.
+    """
+    at = standing(connection, sink, position)
+    if at is None:
+        return True
+    claim: dict[str, object] = {"id": at.id, "epoch": at.epoch}
+    connection.query(QUERIES["hold_rewound"], claim)
+    parameters: dict[str, object] = {
+        "sink": sink,
+        "position": position,
+        "tables": None if tables is None else list(tables),
+    }
+    connection.query(QUERIES["rewind"], parameters)
+    ends = time.monotonic() + patience
+    while connection.query(QUERIES["still_held"], claim)[0][0]:
+        if time.monotonic() > ends:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def set_paused(connection: Connection, sink: str, *, paused: bool) -> bool:

@@ -17,6 +17,9 @@ Guarantees, given that the outbox hands out each key's events in order and repea
 Ephemeral changes (``delivery: ephemeral``) come from the listener, are delivered between two batches and never twice:
 what fails is dropped, and counted.
 
+Existing rows come with the stream's pages (:mod:`cdc.backfill`), after the page they belong to, and have the fate of
+any other event.
+
 What people want of the sink (``cdc sinks pause``, ``cdc dead-letters replay``) stands in the database. The pipeline
 asks when it makes sure that the sink is still its own: at most once a second, at least every `HEARTBEAT` seconds.
 
@@ -46,6 +49,7 @@ from typing import Any
 
 from cdc import crashpoints
 from cdc import outbox as book
+from cdc.backfill import Backfills, slices
 from cdc.bell import HEARTBEAT, INBOX_EVENTS, Bell, Sleeper
 from cdc.connection import Connection
 from cdc.dead_letters import Letters
@@ -62,12 +66,12 @@ from cdc.errors import (
     SinkDisabled,
     TransientFailure,
 )
-from cdc.event import Event, Route
+from cdc.event import Event, Op, Route
 from cdc.fates import Replay, Stream
 from cdc.filters import Filter
 from cdc.metrics import Meter
 from cdc.options import SinkOptions
-from cdc.outbox import PATIENCE, Batch, Outbox, Owner, join_process
+from cdc.outbox import PATIENCE, Batch, Outbox, Owner, Skipping, join_process
 from cdc.retry import keep_alive, retrying
 from cdc.sinks.base import Page, Sink
 
@@ -140,6 +144,9 @@ class Pipeline(threading.Thread):
         self._letters: Letters
         self._stream: Stream
         self._replay: Replay | None = None
+        self._backfills: Backfills
+        self._rows: Stream
+        self._skipping: Skipping | None = None
         self._stall = threading.Lock()  # what the keeper's thread may look at and set
         self._busy_since: float | None = None
         self._before_stall = ""
@@ -174,10 +181,7 @@ class Pipeline(threading.Thread):
                 if self._stop_event.wait(STANDBY_INTERVAL):
                     return
             crashpoints.reached("after-claim")
-            self._epoch = claim.epoch
-            self._letters = Letters(connection, database=self.database, sink=self.sink, epoch=claim.epoch)
-            self._stream = Stream(self._letters, self._options.on_permanent_failure, self._took, self._fields)
-            self._replay = None
+            self._begin(connection, outbox, claim.epoch)
             self.meter.serves()
             self._last_loss = ""
             log.info("Serving.", extra=self._fields(owner=self._owner.name, epoch=claim.epoch))
@@ -193,6 +197,7 @@ class Pipeline(threading.Thread):
             self._bell.join(self._sleeper)
             try:
                 self._letters.look()
+                self._backfills.look()
                 self._ask(outbox)
                 self._wait_while_paused(outbox)
                 self._turn_to(outbox)
@@ -219,6 +224,17 @@ class Pipeline(threading.Thread):
                 self._bell.leave(self._sleeper)
                 self._close_sink()
 
+    def _begin(self, connection: Connection, outbox: Outbox, epoch: int) -> None:
+        """Forget whatever was known under an earlier claim."""
+        self._epoch = epoch
+        self._letters = Letters(connection, database=self.database, sink=self.sink, epoch=epoch)
+        policy = self._options.on_permanent_failure
+        self._stream = Stream(self._letters, policy, self._took, self._fields)
+        self._rows = Stream(self._letters, policy, self._returned, self._fields)
+        self._backfills = Backfills(connection, outbox, sink=self.sink, wants=self._wants_rows, fields=self._fields)
+        self._skipping = outbox.skipping()
+        self._replay = None
+
     def _loop(self, outbox: Outbox) -> None:
         acked: int | None = None
         is_time = True
@@ -241,7 +257,7 @@ class Pipeline(threading.Thread):
                 acked = None
                 if batch is not None:
                     lively = True
-                    self._turn_to(outbox)
+                    self._turn_to(outbox, batch)
                     if not self._process(outbox, batch):
                         return
                     acked = batch.last_seq
@@ -249,6 +265,7 @@ class Pipeline(threading.Thread):
                         self._bell.pace(self._sleeper)
             self._pass_on(outbox)
             if not self._letters.replaying:
+                self._sleeper.due = min(self._sleeper.due, self._backfills.due_at)
                 is_time = self._bell.rest(self._sleeper)
             if self._unasked_for() >= (ASK_AFTER if lively else HEARTBEAT):
                 self._ask(outbox)
@@ -271,14 +288,14 @@ class Pipeline(threading.Thread):
             self.meter.rests()
             self._bell.found_nothing(self._sleeper)
         else:
-            self.meter.read(len(batch.events))
+            self.meter.read(len(batch.events) + len(batch.rows))
             self._bell.found(self._sleeper, full=batch.full)
         return batch
 
     def _acknowledge(self, outbox: Outbox, acked: int | None) -> None:
         """Store how far we have got, where no batch is read that would say so along with it."""
         if acked is not None:
-            outbox.acknowledge(acked)
+            self._backfills.acknowledge(acked)
             self.meter.acknowledged()
             crashpoints.reached("after-acknowledge")
 
@@ -287,8 +304,11 @@ class Pipeline(threading.Thread):
         limits = self._options.batch
         self.meter.lives(PATIENCE)
         try:
-            batch = outbox.next_batch(
-                acked, events=max(1, int(limits.events * self._share)), bytes_=max(1, int(limits.bytes * self._share))
+            batch = self._backfills.next_batch(
+                acked,
+                events=max(1, int(limits.events * self._share)),
+                bytes_=max(1, int(limits.bytes * self._share)),
+                roomy=self._share == 1.0,
             )
         except DatabaseUnreachable:
             self._share = max(self._share / 4, SMALLEST_SHARE)
@@ -297,17 +317,37 @@ class Pipeline(threading.Thread):
             self._share = min(1.0, self._share * 2)
         return batch
 
-    def _turn_to(self, outbox: Outbox) -> None:
+    def _turn_to(self, outbox: Outbox, batch: Batch | None = None) -> None:
         """Tell a sink that keeps the position itself where in the book it is."""
         if self._sink.keeps_position:
-            self._sink.begin(Page(self.database, *outbox.window()))
+            window, after = outbox.window()
+            if batch is not None and not batch.events:
+                window = self._backfills.chunk  # rows alone are of no window, and never come again as they are
+            self._sink.begin(Page(self.database, window, after))
 
     def _process(self, outbox: Outbox, batch: Batch) -> bool:
-        """Get a batch off our hands; False when stopped before all of it was."""
+        """Get a batch off our hands, its rows after its events; False when stopped before all of it was."""
+        size = self._options.batch.events
+        for some in slices(batch.events, size):
+            if not self._dispose(outbox, some, self._stream):
+                return False
+        if batch.rows:
+            crashpoints.reached("before-rows")
+            began = time.monotonic()
+            for some in slices(batch.rows, size):
+                if not self._dispose(outbox, some, self._rows):
+                    return False
+                crashpoints.reached("between-rows")
+            self._backfills.delivered(time.monotonic() - began)
+            crashpoints.reached("after-rows")
+        return True
+
+    def _dispose(self, outbox: Outbox, events: Sequence[Event | Unreadable], fate: Stream) -> bool:
+        """Get events off our hands; False when stopped before all of them were."""
         chosen: list[Event] = []
-        for event in batch.events:
+        for event in events:
             try:
-                if isinstance(event, Event) and self._chooses(event):
+                if isinstance(event, Event) and not self._passed_over(event) and self._chooses(event):
                     chosen.append(event)
                     continue
             except PermanentFailure as error:
@@ -318,14 +358,14 @@ class Pipeline(threading.Thread):
                     continue
                 failure = PermanentFailure(event.reason)
             # What came before it goes first: it may be of the same key.
-            if not self._deliver(outbox, chosen, self._stream):
+            if not self._deliver(outbox, chosen, fate):
                 return False
             chosen = []
             if isinstance(event, Unreadable):
-                self._stream.refused_text(event.id, event.seq, event.text, event.reason)
+                fate.refused_text(event.id, event.seq, event.text, event.reason)
             else:
-                self._stream.refused(event, failure)
-        return self._deliver(outbox, chosen, self._stream)
+                fate.refused(event, failure)
+        return self._deliver(outbox, chosen, fate)
 
     def _deliver(self, outbox: Outbox, events: list[Event], fate: Fate) -> bool:
         """Get events off our hands, as often as it takes; False when stopped before all of them were."""
@@ -338,6 +378,10 @@ class Pipeline(threading.Thread):
                 log.warning("Part of a batch failed; delivering the rest again.", extra=self._fields(events=len(again)))
             events = again
         return True
+
+    def _passed_over(self, event: Event) -> bool:
+        """Whether an event of the stream comes again only because other tables were rewound."""
+        return self._skipping is not None and self._skipping.skips(event)
 
     def _chooses(self, event: Event) -> bool:
         """Whether an event is to be delivered; raises as `_fits`."""
@@ -357,6 +401,9 @@ class Pipeline(threading.Thread):
 
     def _wants(self, event: Event) -> bool:
         return self._wants_route(event.route)
+
+    def _wants_rows(self, schema: str, table: str) -> bool:
+        return self._options.wants(self.database, schema, table, Op.READ.value)
 
     def _decide(self, route: Route) -> bool:
         # A notification may still carry the database's former name; which database it is, we know.
@@ -586,6 +633,7 @@ class Pipeline(threading.Thread):
         self._paused = wishes.paused
         if wishes.requests != self._letters.requests:
             self._letters.look()
+            self._backfills.look()
         return wishes.paused
 
     def _unasked_for(self) -> float:

@@ -183,7 +183,7 @@ class _Look:
         known = set() if self._revision is None else {row[0] for row in self._connection.query(QUERIES["known_sinks"])}
         for sink, start in sinks.items():
             if sink not in known:
-                yield Step(f"sink {sink}", f"starts {'here' if start == 'now' else 'at the earliest event'}")
+                yield Step(f"sink {sink}", f"starts {installer.STARTS[start]}")
 
     def _trigger_step(self, oid: int, name: str, what: str, lock: str) -> Step:
         in_the_way = installer.holders(self._connection, oid, exclusive=lock == _DROP)

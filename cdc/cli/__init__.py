@@ -15,6 +15,7 @@ import click
 
 from cdc import config as configuration
 from cdc.cli.app import App
+from cdc.cli.backfill import backfill
 from cdc.cli.check import check
 from cdc.cli.completion import completion
 from cdc.cli.dead_letters import dead_letters
@@ -80,6 +81,7 @@ def main(context: click.Context, path: Path | None, log_level: str | None, log_f
 
 
 for _command in (
-    check, completion, dead_letters, demo, migrate, models, rebase, run, sinks, status, systemd, tail, uninstall,
+    backfill, check, completion, dead_letters, demo, migrate, models, rebase, run, sinks, status, systemd, tail,
+    uninstall,
 ):  # fmt: skip
     main.add_command(_command)

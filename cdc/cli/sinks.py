@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import click
 
@@ -10,7 +12,12 @@ from cdc import installer, outbox
 from cdc.cli.app import App, pass_app
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE
 from cdc.connection import Connection
+from cdc.decoding import OPS
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
+from cdc.options import matches
+
+_PATIENCE = 10.0
+"""Seconds whoever serves a sink has to notice that it was rewound, before another may serve it."""
 
 
 @click.group()
@@ -45,13 +52,19 @@ def resume(app: App, sink: str, names: tuple[str, ...]) -> None:
     _set_paused(app, sink, names, paused=False)
 
 
-def _set_paused(app: App, sink: str, names: tuple[str, ...], *, paused: bool) -> None:
+def _selected(app: App, sink: str, names: tuple[str, ...]) -> list[str]:
+    """The databases that are meant, of those the sink delivers from. Raises ConfigError when there is none."""
     if sink not in app.config.sinks:
         known = ", ".join(app.config.sinks)
         raise ConfigError([f"no sink {sink} in the configuration (known: {known})"])
     selected = [name for name in app.select(names) if sink in installer.sinks_of(app.config, name)]
     if not selected:
         raise ConfigError([f"sink {sink} does not deliver from {', '.join(names)} (see its key databases)"])
+    return selected
+
+
+def _set_paused(app: App, sink: str, names: tuple[str, ...], *, paused: bool) -> None:
+    selected = _selected(app, sink, names)
     code = 0
     with app.places(selected) as places:
         for name in selected:
@@ -70,6 +83,127 @@ def _set_paused(app: App, sink: str, names: tuple[str, ...], *, paused: bool) ->
             nobody = "" if served else " (no daemon serves it at the moment)"
             click.echo(f"{name}: sink {sink} is {'paused' if paused else 'resumed'}{nobody}")
     sys.exit(code)
+
+
+def _target(context: click.Context, parameter: click.Parameter, value: str) -> str | datetime:
+    if value in ("earliest", "now"):
+        return value
+    try:
+        return datetime.fromisoformat(value).astimezone()
+    except ValueError:
+        raise click.BadParameter("not a position (write earliest, now, or a time such as 2026-11-22T08:00)") from None
+
+
+@sinks.command()
+@click.argument("sink")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    callback=_target,
+    metavar="earliest|now|TIMESTAMP",
+    help="Where it goes on: at all that is kept, here, or at what was committed since then.",
+)
+@click.option("--table", "tables", multiple=True, metavar="TABLE", help="Only its events again; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Say how many events would come, and change nothing.")
+@_databases
+@pass_app
+def rewind(
+    app: App, *, sink: str, target: str | datetime, tables: tuple[str, ...], dry_run: bool, names: tuple[str, ...]
+) -> None:
+    """Let SINK go on from another position, as far back as the outbox reaches.
+
+    Events come again under their old ids and in their old order, up to where the sink stands, and then the rest. With
+    --table those of other tables are left out until then; the stream waits meanwhile.
+    """
+    code = 0
+    selected = _selected(app, sink, names)
+    with app.places(selected) as places:
+        for name in selected:
+            try:
+                with Connection(places[name].dsn, purpose="rewind") as connection:
+                    for line in _rewind(
+                        app, connection, name, sink=sink, target=target, tables=tables, dry_run=dry_run
+                    ):
+                        click.echo(line)
+            except CdcError as error:
+                click.echo(f"error: {name}: {error}", err=True)
+                code = max(code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
+    sys.exit(code)
+
+
+def _destination(
+    connection: Connection, sink: str, target: str | datetime, *, alone: bool
+) -> tuple[str, outbox.Standing]:
+    """Where a sink is to go on, and where it stands. Raises CdcError where it cannot go there.
+
+    Args:
+        alone: only some tables are to come again.
+    """
+    here = outbox.current_snapshot(connection)
+    if isinstance(target, datetime):
+        if target > datetime.now(UTC):
+            raise CdcError("that time is yet to come (--to now leaves out what is not delivered)")
+        position = outbox.position_at(connection, target)
+    else:
+        position = outbox.EARLIEST if target == "earliest" else here
+    at = outbox.standing(connection, sink, position)
+    if at is None:
+        raise CdcError(f"sink {sink} has no position yet (run cdc migrate)")
+    if at.passed and not at.covers:
+        position = at.position  # nothing lies between
+    if not at.passed and alone:
+        raise CdcError(
+            "the sink has not come that far, and a single table cannot go ahead of the others (rewind to an earlier "
+            "time, or the whole sink with --to now)"
+        )
+    if not at.passed and target != "now":
+        raise CdcError(
+            "the sink has not come that far: it would miss what it has not delivered (--to now leaves out all of it)"
+        )
+    return position, at
+
+
+def _rewind(
+    app: App,
+    connection: Connection,
+    name: str,
+    *,
+    sink: str,
+    target: str | datetime,
+    tables: tuple[str, ...],
+    dry_run: bool,
+) -> Iterator[str]:
+    position, at = _destination(connection, sink, target, alone=bool(tables))
+    captured = outbox.captured_names(connection)
+    meant = [f"{s}.{t}" for s, t in captured if any(matches(pattern, s, t) for pattern in tables)]
+    if tables and not meant:
+        raise CdcError(f"no captured table is {', '.join(tables)} (cdc check shows what is captured)")
+    options = app.config.sinks[sink]
+    counted = [
+        (f"{schema}.{table}", number)
+        for schema, table, op, number in outbox.events_since(connection, position if target != "now" else at.position)
+        if options.wants(name, schema, table, OPS[op].value) and (not tables or f"{schema}.{table}" in meant)
+    ]
+    number = sum(count for _, count in counted)
+    events = f"{number} event{'' if number == 1 else 's'}"
+    if target == "now":
+        said = f"{events} not delivered {'would be' if dry_run else 'are'} left out"
+    else:
+        said = f"{events} {'would come' if dry_run else 'will come'} (again), before its filter"
+    if dry_run:
+        for table in sorted({table for table, _ in counted}):
+            yield f"{name}: {table}: {sum(count for one, count in counted if one == table)}"
+        yield f"{name}: {said}"
+        return
+    let_go = outbox.rewind(connection, sink, position, meant if tables else None, patience=_PATIENCE)
+    if app.config.databases[name].notify != "off":
+        outbox.ring(connection, app.config.databases[name].channel)
+    yield f"{name}: sink {sink} is rewound; {said}"
+    if not let_go:
+        yield f"{name}: {at.owner} has a batch in hand that may still come in between"
+    elif at.owner is None:
+        yield f"{name}: no daemon serves it at the moment"
 
 
 @sinks.command()

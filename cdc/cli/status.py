@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdc import diagnosis
+from cdc.backfill import Backfill
 from cdc.cli.app import App, pass_app
 from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain, print_table
 from cdc.diagnosis import DatabaseStatus, SinkLine, is_silent
@@ -145,6 +146,8 @@ def _notes(database: DatabaseStatus, now: datetime) -> Iterator[str]:
         text = _about(sink, line, now)
         if text:
             yield f"{sink}: {text}"
+        for one in line.backfills:
+            yield f"{sink}: {_backfill(one)}"
 
 
 def _about(sink: str, line: SinkLine, now: datetime) -> str | None:
@@ -175,6 +178,15 @@ def _about(sink: str, line: SinkLine, now: datetime) -> str | None:
         else ""
     )
     return "; ".join(filter(None, (explained, error, parked, dropped))) or None
+
+
+def _backfill(one: Backfill) -> str:
+    what = f"backfill of {one.schema}.{one.table}"
+    if one.state == "failed":
+        return f"{what} has failed: {one.reason}"
+    left = "" if one.remaining is None else f", {age(one.remaining)} left"
+    paused = f", paused until cdc backfill resume {one.sink}" if one.state == "paused" else ""
+    return f"{what}: {one.share:.0%} of about {one.estimate or 0} rows{left}{paused}"
 
 
 def _open_transaction(oldest: OpenTransaction) -> str:

@@ -1,7 +1,8 @@
-"""What can be done from the console: pause and resume a sink; look at dead letters, replay and discard them.
+"""What can be done from the console: pause and resume a sink or its backfills; look at, replay, discard dead letters.
 
-By the same functions as the commands `cdc sinks` and `cdc dead-letters`, each on a connection of its own, so nothing
-depends on which daemon serves the sink. Whoever showed the token may do it, and the log says that it was done.
+By the same functions as the commands `cdc sinks`, `cdc backfill` and `cdc dead-letters`, each on a connection of its
+own, so nothing depends on which daemon serves the sink. Whoever showed the token may do it, and the log says that it
+was done.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from cdc import dead_letters, outbox
+from cdc import backfill, dead_letters, outbox
 from cdc.connection import Connection
 from cdc.dead_letters import Found, Selection
 from cdc.fleet import Database, Fleet
@@ -66,6 +67,17 @@ class Actions:
             self._ring(connection, database)
         self._note("pause" if paused else "resume", database, sink, client)
         return "Paused; what comes waits in the outbox." if paused else "Resumed."
+
+    def set_backfills_paused(self, asked: Any, client: str, *, paused: bool) -> str:
+        """Pause all backfills of a sink, or let them go on. Raises as :meth:`set_paused`."""
+        database, sink = self._meant(asked)
+        with Connection(database.dsn, purpose="console") as connection:
+            tables = backfill.change(connection, sink, "paused" if paused else "running", None)
+            self._ring(connection, database)
+        if not tables:
+            raise NoSuch(f"sink {sink} has no backfill that is {'running' if paused else 'paused'}")
+        self._note("pause backfill" if paused else "resume backfill", database, sink, client, tables=",".join(tables))
+        return f"{'Paused' if paused else 'Resumed'}: {', '.join(tables)}."
 
     def replay(self, asked: Any, client: str) -> str:
         """Ask for dead letters to be delivered. Raises as :meth:`set_paused`."""

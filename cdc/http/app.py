@@ -139,6 +139,12 @@ class App:
             ("POST", "/api/sinks/resume"): lambda asked: _done(
                 actions.set_paused(asked.body, asked.client, paused=False)
             ),
+            ("POST", "/api/backfills/pause"): lambda asked: _done(
+                actions.set_backfills_paused(asked.body, asked.client, paused=True)
+            ),
+            ("POST", "/api/backfills/resume"): lambda asked: _done(
+                actions.set_backfills_paused(asked.body, asked.client, paused=False)
+            ),
             ("POST", "/api/dead-letters/replay"): lambda asked: _done(actions.replay(asked.body, asked.client)),
             ("POST", "/api/dead-letters/discard"): lambda asked: _done(actions.discard(asked.body, asked.client)),
         }

@@ -84,6 +84,17 @@ class FleetCollector(Collector):
             "cdc_dead_letters", "Events set aside because they cannot be delivered.", labels=_SINK
         )
         dropped = CounterMetricFamily("cdc_events_dropped", "Ephemeral changes that were not delivered.", labels=_SINK)
+        backfills = GaugeMetricFamily(
+            "cdc_backfill_running", "1 while a table's rows are being told of.", labels=(*_SINK, "table")
+        )
+        share = GaugeMetricFamily(
+            "cdc_backfill_done_ratio",
+            "How much of a table is told of, 0 to 1, as far as one can say.",
+            labels=(*_SINK, "table"),
+        )
+        rows = GaugeMetricFamily(
+            "cdc_backfill_rows", "Rows of a table looked at by its last backfill.", labels=(*_SINK, "table")
+        )
         now = time.monotonic()
         limit = self._fleet.config.http.stalled_after if self._fleet.config.http else 60.0
         in_trouble = {(found.database, found.sink) for found in troubles(self._fleet, limit)}
@@ -111,6 +122,11 @@ class FleetCollector(Collector):
                 lag.add_metric(labels, behind[1])
                 letters.add_metric(labels, status.dead_letters)
                 dropped.add_metric(labels, status.dropped)
+            for one in keeper.backfills if keeper and fresh else ():
+                table = (database.name, one.sink, f"{one.schema}.{one.table}")
+                backfills.add_metric(table, float(one.state == "running"))
+                share.add_metric(table, one.share)
+                rows.add_metric(table, one.rows_read)
         yield from (
             delivered,
             filtered,
@@ -124,6 +140,9 @@ class FleetCollector(Collector):
             lag,
             letters,
             dropped,
+            backfills,
+            share,
+            rows,
         )
 
     def _of_databases(self) -> Iterator[Metric]:

@@ -142,6 +142,11 @@ def _sink(fleet: Fleet, database: Database, pipeline: Pipeline) -> dict[str, obj
         "parked": status.parked if status else None,
         "paused": status.paused if status else False,
         "dropped": status.dropped if status else None,
+        "backfills": [
+            one.to_json()
+            for one in (database.keeper.backfills if database.keeper else ())
+            if one.sink == pipeline.sink and one.state in ("running", "paused", "failed")
+        ],
         "delivered": meter.delivered,
         "filtered": pipeline.filtered,
         "failures": meter.failures,

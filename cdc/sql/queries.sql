@@ -17,10 +17,11 @@ select array_agg(a.attname::text order by k.n)
  where i.indrelid = %(relation)s and i.indisprimary and k.n <= i.indnkeyatts;
 
 -- name: register_sink
--- Give a new sink its first position: before everything kept (earliest), or here. One that is known keeps its own.
+-- Give a new sink its first position: before everything kept (earliest), or here. One that is known keeps its own. With a
+-- backfill to come its pipeline asks for that.
 with new as (
-  insert into cdc.sink (name, system_identifier, timeline)
-  select %(sink)s, p.system_identifier, p.timeline from cdc.place() p
+  insert into cdc.sink (name, system_identifier, timeline, backfill_due)
+  select %(sink)s, p.system_identifier, p.timeline, %(start)s = 'backfill' from cdc.place() p
       on conflict (name) do nothing
   returning name, epoch
 )
@@ -78,6 +79,156 @@ select case when f.snap_hi is not null
 update cdc.position set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()
  where sink = %(sink)s and epoch = %(epoch)s and snap_hi is not null
 returning sink;
+
+-- name: backfill_batch
+-- Acknowledge, read on, and read a chunk of a table under the same snapshot: to be run repeatable read. The rows may be used
+-- once this has committed.
+select * from cdc.backfill_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s, %(backfill)s, %(done)s, %(rows)s);
+
+-- name: backfill_batch_in_bytes
+-- The same where an image holds bytes that are no characters; see next_batch_in_bytes.
+select seq, txid, captured_at, captured_table, op,
+       replace(old_row, E'\\', E'\\\\')::bytea, replace(new_row, E'\\', E'\\\\')::bytea,
+       replace(context, E'\\', E'\\\\')::bytea, event_id
+  from cdc.backfill_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s, %(backfill)s, %(done)s, %(rows)s);
+
+-- name: acknowledge_chunk
+-- Acknowledge a chunk, and the page before it, without reading on. No row: another daemon serves the sink.
+with ours as materialized (
+  select k.name from cdc.sink k where k.name = %(sink)s and k.epoch = %(epoch)s for share
+), page as (
+  update cdc.position p set last_seq = greatest(p.last_seq, %(acked)s), delivered_at = clock_timestamp()
+    from ours where p.sink = ours.name and p.epoch = %(epoch)s and p.snap_hi is not null
+), chunk as (
+  update cdc.backfill_progress g
+     set cursor = g.next_cursor, rows_read = g.rows_read + g.next_read, rows_told = g.rows_told + g.next_told,
+         ended = g.next_ended, next_read = null, moved_at = clock_timestamp()
+    from ours where g.backfill = %(backfill)s and g.chunk = %(done)s and g.next_read is not null
+)
+select name from ours;
+
+-- name: unfinished_backfills
+-- What a sink's pipeline has to do, the oldest first: id, table, limits, whether it is paused; and once it has begun, whether
+-- it pages along the key.
+select b.id, b.relation::bigint, b.schema_name, b.table_name, b.chunk, b.rate, b.state = 'paused',
+       g.backfill is not null, g.key_columns is not null
+  from cdc.backfill b left join cdc.backfill_progress g on g.backfill = b.id
+ where b.sink = %(sink)s and b.state in ('running', 'paused')
+ order by b.id;
+
+-- name: backfill_due
+-- Whether a sink is new and begins with a backfill it has not asked for yet.
+select backfill_due from cdc.sink where name = %(sink)s and epoch = %(epoch)s;
+
+-- name: backfill_candidates
+-- The captured tables, and why the rows of each cannot be told of; null: they can.
+select c.relation::bigint, c.schema_name, c.table_name, cdc.backfill_obstacle(c.relation)
+  from cdc.captured c order by c.schema_name, c.table_name;
+
+-- name: begin_with_backfill
+-- Ask for the backfill a new sink begins with, once.
+with new as (
+  update cdc.sink set backfill_due = false where name = %(sink)s and backfill_due returning name
+)
+insert into cdc.backfill (sink, relation, schema_name, table_name)
+select new.name, w.relation, w.schema_name, w.table_name
+  from new, unnest(%(relations)s::bigint[], %(schemas)s::text[], %(tables)s::text[]) as w (relation, schema_name, table_name)
+    on conflict do nothing;
+
+-- name: start_backfill
+-- Ask for the rows of a table. No row: they are being told of already.
+insert into cdc.backfill (sink, relation, schema_name, table_name, chunk, rate)
+values (%(sink)s, %(relation)s, %(schema)s, %(table)s, %(rows)s, %(rate)s)
+    on conflict do nothing
+returning id;
+
+-- name: start_backfill_where
+-- The same for some of its rows; for who migrates.
+insert into cdc.backfill (sink, relation, schema_name, table_name, chunk, rate, condition)
+values (%(sink)s, %(relation)s, %(schema)s, %(table)s, %(rows)s, %(rate)s, %(condition)s)
+    on conflict do nothing
+returning id;
+
+-- name: check_condition
+-- Raise what PostgreSQL has against a condition.
+select cdc.check_condition(%(relation)s, %(condition)s);
+
+-- name: end_backfill
+-- A backfill is done, or has failed. No row: somebody was faster.
+update cdc.backfill b set state = %(state)s, reason = %(reason)s, ended_at = clock_timestamp()
+  from cdc.sink k
+ where b.id = %(backfill)s and b.state in ('running', 'paused') and k.name = b.sink and k.epoch = %(epoch)s
+returning b.id;
+
+-- name: change_backfills
+-- Pause, resume or cancel backfills of a sink that are in one of these states; all tables, or these. Their tables.
+update cdc.backfill b
+   set state = %(state)s, ended_at = case when %(state)s = 'cancelled' then clock_timestamp() end
+ where b.sink = %(sink)s and b.state = any (%(states)s) and (%(relations)s::bigint[] is null or b.relation = any (%(relations)s))
+returning b.schema_name, b.table_name;
+
+-- name: backfills
+-- Every sink's backfills, or one's, the oldest first; of each table of a sink the last one.
+select b.id, b.sink, b.relation::bigint, b.schema_name, b.table_name, b.state, b.reason, b.condition, b.chunk, b.rate, b.asked_at, b.ended_at,
+       g.estimate, coalesce(g.rows_read, 0), coalesce(g.rows_told, 0), g.began_at, g.moved_at
+  from cdc.backfill b left join cdc.backfill_progress g on g.backfill = b.id
+ where (%(sink)s::text is null or b.sink = %(sink)s)
+   and not exists (select from cdc.backfill n where n.sink = b.sink and n.relation = b.relation and n.id > b.id)
+ order by b.sink, b.id;
+
+-- name: note_moment
+-- Remember now as a position to go back to.
+select cdc.note_moment();
+
+-- name: moments
+-- The last position known from before a moment, and the first one known at all.
+select (select m.snap::text from cdc.moment m, pg_control_system() c
+         where m.at <= %(moment)s and m.system_identifier = c.system_identifier
+           and pg_snapshot_xmax(m.snap) <= pg_snapshot_xmax(pg_current_snapshot())
+         order by m.at desc limit 1),
+       (select min(m.at) from cdc.moment m, pg_control_system() c where m.system_identifier = c.system_identifier);
+
+-- name: events_since
+-- How many events of each table and operation have been committed since a position.
+select t.schema_name, t.table_name, lower(w.op::text), sum(w.n)::bigint
+  from (select e.captured_table, e.op, count(*) as n
+          from cdc.event e
+         where (e.txid >= pg_snapshot_xmax(%(position)s::pg_snapshot)
+                or e.txid = any (array(select pg_snapshot_xip(%(position)s::pg_snapshot))))
+         group by e.captured_table, e.op) w
+  join cdc.captured_table t on t.id = w.captured_table
+ group by 1, 2, 3;
+
+-- name: stands_at
+-- Where a sink stands, as a position; whether that shows all that another does; whether it has delivered all that this one
+-- shows, or nothing lies between; who serves it. No row: it has no position.
+select w.stands::text, w.covers,
+       w.covers or not exists (
+         select from cdc.event e
+          where (e.txid >= pg_snapshot_xmax(w.stands) or e.txid = any (array(select pg_snapshot_xip(w.stands))))
+            and pg_visible_in_snapshot(e.txid, %(position)s::pg_snapshot)),
+       case when exists (select from cdc.holder(w.id, w.epoch)) then coalesce(w.owner, '?') end, w.id, w.epoch
+  from (select k.id, k.epoch, k.owner, s.stands, cdc.covers(s.stands, %(position)s::pg_snapshot) as covers
+          from cdc.sink k
+          join cdc.position p on p.sink = k.name
+         cross join lateral (select case when p.last_seq >= p.final_seq then p.snap_hi else p.snap_lo end as stands) s
+         where k.name = %(sink)s) w;
+
+-- name: hold_rewound
+-- Let nobody serve a sink under its next epoch before this session is over.
+select pg_try_advisory_lock(6513764, cdc.slot(%(id)s, %(epoch)s + 1));
+
+-- name: still_held
+-- Whether a session that served a sink under an earlier epoch is still there.
+select exists (select from cdc.holder(%(id)s, %(epoch)s));
+
+-- name: rewind
+-- Let a sink go on from another position.
+select cdc.rewind(%(sink)s, %(position)s::pg_snapshot, %(tables)s::text[]);
+
+-- name: skips
+-- Of what position a sink is to deliver only some tables' events.
+select skip_shown::text, skip_but from cdc.sink where name = %(sink)s and epoch = %(epoch)s;
 
 -- name: set_state
 -- What a sink is doing, for people; written on changes only. No row: another daemon serves it.
@@ -226,12 +377,14 @@ select case when exists (select from cdc.holder(k.id, k.epoch)) then coalesce(k.
 select pg_current_snapshot()::text;
 
 -- name: sinks_behind
--- Which of these sinks have not delivered everything a snapshot shows, and every dead letter that was asked for. Nothing to
--- deliver counts as delivered.
+-- Which of these sinks have not delivered everything a snapshot shows, every dead letter that was asked for, and the rows of
+-- every backfill that is not paused. Nothing to deliver counts as delivered.
 select k.name
   from cdc.sink k join cdc.position p on p.sink = k.name
  where k.name = any (%(sinks)s)
    and (exists (select from cdc.dead_letter d where d.sink = k.name and (d.wanted or d.parked) and d.wanted)
+        or k.backfill_due
+        or exists (select from cdc.backfill b where b.sink = k.name and b.state = 'running')
         or not cdc.covers(p.snap_lo, %(target)s::pg_snapshot)
    and (p.snap_hi is not null
         or exists (select from cdc.event e
@@ -526,7 +679,11 @@ select w.privilege, w.kind || ' cdc' || coalesce('.' || w.object, '')
     ('select', 'sequence', 'event_seq'), ('update', 'sequence', 'event_seq'),
     ('select', 'table', 'sink'), ('insert', 'table', 'sink'), ('update', 'table', 'sink'), ('delete', 'table', 'sink'),
     ('select', 'table', 'position'), ('insert', 'table', 'position'), ('update', 'table', 'position'),
-    ('select', 'table', 'origin'),
+    ('select', 'table', 'origin'), ('select', 'table', 'backfill'), ('select', 'table', 'backfill_progress'),
+    ('select', 'table', 'moment'), ('insert', 'table', 'moment'), ('delete', 'table', 'moment'),
+    ('execute', 'function', 'backfill_batch'), ('execute', 'function', 'backfill_obstacle'),
+    ('execute', 'function', 'capture_of'), ('execute', 'function', 'paging'), ('execute', 'function', 'rewind'),
+    ('execute', 'function', 'note_moment'),
     ('select', 'table', 'dead_letter'), ('insert', 'table', 'dead_letter'),
     ('update', 'table', 'dead_letter'), ('delete', 'table', 'dead_letter'),
     ('execute', 'function', 'next_batch'), ('execute', 'function', 'covers'), ('execute', 'function', 'rotate'),

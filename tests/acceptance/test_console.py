@@ -308,6 +308,23 @@ def test_a_sink_is_paused_and_resumed(browser: Chrome, project: Project, connect
     assert len(read_lines(project.directory / "orders.jsonl")) == 1
 
 
+def test_a_backfill_is_shown_paused_and_resumed(browser: Chrome, project: Project, connect: Connect) -> None:
+    conn = connect(project.dsn)
+    fetch(conn, "insert into orders select g, 'new', 1 from generate_series(1, 500) g")
+    with project.daemon() as daemon:
+        daemon.wait_until_it_says("Serving.", 2)
+        project.cdc("backfill", "start", "mirror", "public.orders", "--chunk", "5", "--rate", "4")
+        open_console(browser, project)
+        until(lambda: "Backfill of public.orders" in text(browser, ".sink"), "it is shown")
+        assert browser.find_elements(By.CSS_SELECTOR, ".sink progress")
+        click(browser, ".sink .error button")
+        until(lambda: "rows, paused" in text(browser, ".sink"), "it is paused")
+        assert fetch(conn, "select state from cdc.backfill") == [("paused",)]
+        click(browser, ".sink .error button")
+        until(lambda: fetch(conn, "select state from cdc.backfill") == [("running",)], "it is resumed")
+        assert chromium.complaints(browser) == []
+
+
 def test_without_a_token_in_the_configuration_nothing_can_be_clicked(browser: Chrome, project: Project) -> None:
     del project.content["http"]["token"]
     project.write()

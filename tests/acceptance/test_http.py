@@ -62,6 +62,24 @@ def test_what_is_delivered_is_counted_and_timed(project: Project, connect: Conne
         until(lambda: metrics(port).get("cdc_armed" + DATABASE) == 1, "it sleeps")
 
 
+def test_a_backfill_is_counted_and_can_be_paused(project: Project, connect: Connect) -> None:
+    port = port_of(project)
+    table = '{database="shop",sink="mirror",table="public.orders"}'
+    conn = connect(project.dsn)
+    fetch(conn, "insert into orders select i, 'x' from generate_series(1, 300) i; analyze orders")
+    with project.daemon():
+        project.cdc("backfill", "start", "mirror", "--chunk", "5", "--rate", "4")
+        until(lambda: metrics(port).get("cdc_backfill_rows" + table, 0) > 5, "rows are counted")
+        assert metrics(port)["cdc_backfill_running" + table] == 1
+        assert 0 < metrics(port)["cdc_backfill_done_ratio" + table] < 1
+        assert "backfill of public.orders: " in project.cdc("status").stdout
+        [shown] = project.status()["databases"]["shop"]["sinks"]["mirror"]["backfills"]
+        assert (shown["table"], shown["state"]) == ("public.orders", "running")
+        project.cdc("backfill", "pause", "mirror")
+        until(lambda: metrics(port)["cdc_backfill_running" + table] == 0, "it is paused")
+        assert "paused until cdc backfill resume mirror" in project.cdc("status").stdout
+
+
 def test_a_sink_that_fails_makes_the_daemon_unready_and_its_recovery_ready_again(
     project: Project, connect: Connect
 ) -> None:

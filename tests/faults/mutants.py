@@ -124,6 +124,42 @@ def raises_in_one_sink() -> None:
 
 
 @mutation
+def tells_of_rows_before_the_page() -> None:
+    """Delivers the rows of a chunk before the events they belong after: as if they were of a newer snapshot."""
+    from cdc.backfill import Backfills  # noqa: PLC0415
+    from cdc.outbox import Batch  # noqa: PLC0415
+
+    next_batch = Backfills.next_batch
+
+    def hasty(self: Backfills, acked: int | None, **limits: int) -> Batch | None:
+        batch = next_batch(self, acked, **limits)  # type: ignore[arg-type]
+        if batch is None or not batch.rows:
+            return batch
+        return Batch([*batch.rows, *batch.events], batch.last_seq, batch.full)
+
+    Backfills.next_batch = hasty  # type: ignore[method-assign]
+
+
+@mutation
+def tells_of_rows_a_page_later() -> None:
+    """Delivers the rows of a chunk after the next page: as if they were of an older snapshot."""
+    from cdc.backfill import Backfills  # noqa: PLC0415
+    from cdc.outbox import Batch  # noqa: PLC0415
+
+    next_batch = Backfills.next_batch
+    kept: list[object] = []
+
+    def slow(self: Backfills, acked: int | None, **limits: int) -> Batch | None:
+        batch = next_batch(self, acked, **limits)  # type: ignore[arg-type]
+        if batch is None:
+            return batch
+        late, kept[:] = [*kept], batch.rows
+        return Batch(batch.events, batch.last_seq, batch.full, late)  # type: ignore[arg-type]
+
+    Backfills.next_batch = slow  # type: ignore[method-assign]
+
+
+@mutation
 def rings_whatever_happens() -> None:
     """Has no breaker: it asks to be rung however full the notification queue is."""
     from cdc import listener  # noqa: PLC0415

@@ -82,9 +82,11 @@ ELSEWHERE = ("before-commit", "before-close", "after-close", "half-compressed", 
 TROUBLE = ("in-back-off", "after-dead-letter", "before-rotate", "after-rotate", "draining", "after-acknowledge")
 PARKING = ("after-park", "before-replay", "after-replay")
 """Reached under another failure policy: see test_parking_kill.py."""
+BACKFILL = ("after-chunk", "before-rows", "between-rows", "after-rows", "after-chunk-stored", "before-backfill-ends")
+"""See test_backfill.py."""
 ROUTES = {
     "bell": BELL,
-    "delivery": tuple(point for point in POINTS if point not in BELL + TROUBLE + PARKING + ELSEWHERE),
+    "delivery": tuple(point for point in POINTS if point not in BELL + TROUBLE + PARKING + BACKFILL + ELSEWHERE),
     "trouble": TROUBLE,
 }
 SELDOM = dict.fromkeys((*BELL, *TROUBLE, "after-claim"), 1) | {"in-back-off": 3, "after-dead-letter": 3}

@@ -432,6 +432,13 @@ PARAMETERS = {
     "after_id": 1,
     "after_seq": 7,
     "after_sink": "audit",
+    "backfill": 1,
+    "condition": "true",
+    "done": 1,
+    "moment": "2026-11-22T08:00:00Z",
+    "rate": 1000,
+    "rows": 1000,
+    "states": ["running"],
     "always": False,
     "before": None,
     "bytes": 4_194_304,
@@ -495,7 +502,7 @@ PARAMETERS = {
 }
 """Something plausible for every parameter a query may have."""
 
-OF_A_MIGRATION = {"enable_capture", "name_installation", "rebase"}
+OF_A_MIGRATION = {"check_condition", "enable_capture", "name_installation", "rebase", "start_backfill_where"}
 """What only the migrating role does."""
 
 

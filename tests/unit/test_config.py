@@ -811,7 +811,6 @@ def test_a_filter_is_compiled_when_the_file_is_read_and_not_quoted(expression: s
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        (with_sink("{type: stdout, start: backfill}"), "sinks.out.start"),
         *((with_sink(f"{{type: {name}, url: x}}"), "sinks.out.type") for name in config.SINK_TYPES[2:]),
     ],
 )
@@ -914,26 +913,6 @@ def test_the_example_shows_every_supported_key_of_every_model() -> None:
     text = EXAMPLE.read_text()
     models = (Config, DatabaseConfig, TableConfig, LogConfig, SinkOptions, BatchOptions, RetryOptions)
     assert not [key for model in models for key in model.model_fields if not re.search(rf"\b{key}:", text)]
-
-
-LATER = [line for line in EXAMPLE.read_text().splitlines() if re.match(r" *# \w+: .+ # not supported yet: ", line)]
-
-
-def test_the_example_marks_every_refusal() -> None:
-    marked = {line.split("#")[1].split(":")[0].strip() for line in LATER}
-    assert marked == {"start"}
-
-
-@pytest.mark.parametrize("line", LATER, ids=lambda line: line.split("#")[1].split(":")[0].strip())
-def test_a_line_the_example_marks_not_supported_yet_is_just_that_when_uncommented(line: str) -> None:
-    used = line.replace("# ", "", 1)
-    key = used.split(":")[0]
-    # The key may stand there already, with a word that does work: this line takes the place of that one.
-    rest, replaced = re.subn(rf"^{key}:.*", lambda _: used, EXAMPLE.read_text(), count=1, flags=re.MULTILINE)
-    (only,) = findings(rest if replaced else rest.replace(line, used), sinks=option_models())
-    _, path, message = only.split(": ", 2)
-    assert path.rpartition(".")[2] == key.strip()
-    assert message.startswith("not supported yet (")
 
 
 # -- which file --

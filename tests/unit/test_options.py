@@ -18,7 +18,6 @@ from cdc.options import (
     TablePattern,
     is_glob,
     matches,
-    not_supported_yet,
     split,
 )
 
@@ -198,22 +197,6 @@ def test_a_model_is_strict_frozen_closed_and_silent_about_its_input() -> None:
         Door().width = 2
 
 
-def test_what_is_refused_is_refused_by_name_and_stays_so_in_subclasses() -> None:
-    class Door(StrictModel):
-        colour: str = "white"
-        bell: str | None = None
-        _colour = not_supported_yet("colour", except_for=("white", "grey"))
-        _bell = not_supported_yet("bell")
-
-    class FrontDoor(Door):
-        number: int = 1
-
-    assert message(Door, {"colour": "red"}) == "not supported yet (use white or grey)"
-    assert message(FrontDoor, {"bell": "ding"}) == "not supported yet (leave it out)"
-    assert message(Door, {"colour": 7}) == "Input should be a valid string"
-    assert FrontDoor.model_validate({"colour": "grey", "bell": None}).colour == "grey"
-
-
 def test_a_batch_has_500_events_4_mib_and_lingers_20_ms_by_default() -> None:
     assert BatchOptions().model_dump() == {"events": 500, "bytes": 4 * 1024 * 1024, "linger": 0.02}
 
@@ -273,7 +256,6 @@ def test_a_sink_wants_what_its_databases_tables_and_ops_say(
     [
         ("filter", "op", "not a condition: its value is of type string (write one that is true or false)"),
         ("format", "cloudevents-binary", "a format for sinks with headers, which this one is not (write cloudevents)"),
-        ("start", "backfill", "not supported yet (use now or earliest)"),
         ("ops", (), "an empty list (write at least one entry, or leave the key out)"),
         ("ops", ("insert", "insert"), "lists the same entry twice (keep one)"),
         ("tables", (), "an empty list (write at least one entry, or leave the key out)"),

@@ -241,7 +241,23 @@ function showSink(state, database, sink) {
     current ? el("div", { class: "error" }, `${current}${sink.last_error_seconds !== null && !sink.stopped_because ? ` (${seconds(sink.last_error_seconds)} ago)` : ""}`)
       : old ? el("div", { class: "error old" }, `works again; last error ${seconds(sink.last_error_seconds)} ago: ${old}`) : null,
     sink.parked ? el("div", { class: "error old" }, `Later events of their keys wait behind ${many(sink.parked, "dead letter")}.`) : null,
-    sink.dropped ? el("div", { class: "error old" }, `${many(sink.dropped, "ephemeral change")} dropped so far`) : null);
+    sink.dropped ? el("div", { class: "error old" }, `${many(sink.dropped, "ephemeral change")} dropped so far`) : null,
+    ...sink.backfills.map((backfill) => showBackfill(state, database, sink, backfill)));
+}
+
+function showBackfill(state, database, sink, backfill) {
+  const text = backfill.state === "failed" ? `Backfill of ${backfill.table} has failed: ${backfill.reason}`
+    : `Backfill of ${backfill.table}: ${Math.round(backfill.share * 100)} %, ${number(backfill.rows_read)} rows`
+      + (backfill.state === "paused" ? ", paused" : backfill.remaining_seconds === null ? "" : `, ${seconds(backfill.remaining_seconds)} left`);
+  const line = el("div", { class: backfill.state === "failed" ? "error" : "error old" }, `${text} `);
+  if (backfill.state !== "failed") line.append(el("progress", { max: "1", value: String(backfill.share), "aria-label": text }));
+  if (state.can_change && backfill.state !== "failed") {
+    const paused = backfill.state === "paused";
+    line.append(" ", el("button", { class: "small", type: "button",
+      onclick: () => act(paused ? "api/backfills/resume" : "api/backfills/pause", { database: database.name, sink: sink.name }, paused ? "Resumed." : "Paused."),
+    }, paused ? "Resume rows" : "Pause rows"));
+  }
+  return line;
 }
 
 function showDatabase(state, database) {

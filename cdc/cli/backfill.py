@@ -1,0 +1,277 @@
+"""cdc backfill: let a sink be told of the rows that tables have already, beside the stream.
+
+Telling is the daemon's work: these commands only write down what is wanted, and ring. See :mod:`cdc.backfill`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from cdc import backfill as rows
+from cdc import installer, outbox
+from cdc.backfill import Backfill, State
+from cdc.cli.app import App, Place, pass_app
+from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, age, console, plain, print_table
+from cdc.connection import Connection
+from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
+from cdc.options import matches, split
+
+_COLUMNS = ("database", "sink", "table", "state", "done", "rows", "of about", "rows/s", "left")
+_NUMBERS = ("done", "rows", "of about", "rows/s", "left")
+_STYLES = {"running": "green", "done": "green", "paused": "yellow", "cancelled": "yellow", "failed": "bold red"}
+_REDRAWN = 0.5
+"""Seconds between two looks with `--watch`."""
+
+
+@click.group()
+def backfill() -> None:
+    """Let sinks be told of the rows that tables have already."""
+
+
+def _patterns(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in value:
+        try:
+            split(pattern)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return value
+
+
+_sink = click.argument("sink")
+_tables = click.argument("tables", nargs=-1, metavar="[TABLE]...", callback=_patterns)
+_databases = click.option(
+    "-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated."
+)
+
+
+@backfill.command()
+@_sink
+@_tables
+@_databases
+@click.option("--where", metavar="SQL", help="Only rows that meet this condition; needs migrate_dsn.")
+@click.option("--chunk", type=click.IntRange(1, 100_000), default=1000, metavar="N", help="At most N rows at a time.")
+@click.option("--rate", type=click.IntRange(1), metavar="ROWS/S", help="At most so many rows a second.")
+@pass_app
+def start(
+    app: App,
+    *,
+    sink: str,
+    tables: tuple[str, ...],
+    names: tuple[str, ...],
+    where: str | None,
+    chunk: int,
+    rate: int | None,
+) -> None:
+    """Let SINK be told of every row of these TABLEs (schema.table, * and ? allowed), or of all it wants.
+
+    The daemon that serves the sink does it, as events of the operation read, in order with the changes that go on
+    meanwhile. SQL under --where is about the table's columns by their names, and runs as the role that migrates.
+    """
+    selected = _selected(app, sink, names)
+    found = False
+
+    def ask(name: str, place: Place) -> Iterator[str]:
+        nonlocal found
+        options = app.config.sinks[sink]
+        # A condition is SQL: it is the one who may migrate that asks for it, and whose rights it runs with.
+        with Connection(place.dsn if where is None else place.migrate_dsn, purpose="backfill") as connection:
+            standing = outbox.attendance(connection, sink)
+            if standing is None:
+                raise CdcError(f"sink {sink} has no position yet (run cdc migrate)")
+            for table in rows.candidates(connection):
+                named = any(matches(pattern, table.schema, table.table) for pattern in tables)
+                label = f"{table.schema}.{table.table}"
+                if tables and not named:
+                    continue
+                if not options.wants(name, table.schema, table.table, "read"):
+                    if label in tables:
+                        raise CdcError(f"sink {sink} does not want rows of {label} (see its keys tables and ops)")
+                    continue
+                found = True
+                if table.obstacle is not None and label not in tables:
+                    yield f"{name}: {label} is left out: it {table.obstacle}"
+                    continue
+                began = rows.start(connection, sink, table, rows=chunk, rate=rate, condition=where)
+                yield f"{name}: backfill of {label} for sink {sink} {'is started' if began else 'is under way already'}"
+            _ring(app, name, connection)
+            if standing[0] is None:
+                yield f"{name}: no daemon serves the sink at the moment; it begins with the next one"
+
+    code = _each(app, selected, ask)
+    if not found and code == 0:
+        meant = ", ".join(tables) if tables else "any table"
+        raise CdcError(f"sink {sink} is told of no captured table that is {meant} (cdc check shows what is captured)")
+    sys.exit(code)
+
+
+@backfill.command()
+@click.argument("sink", required=False)
+@_databases
+@click.option("--watch", is_flag=True, help="Stay, until none is running.")
+@click.option("--json", "as_json", is_flag=True, help='{"databases": {DB: {SINK: [{…}]}}}')
+@pass_app
+def status(app: App, sink: str | None, names: tuple[str, ...], watch: bool, as_json: bool) -> None:
+    """Show how far the backfills of SINK are, or of all sinks; of each table the last one."""
+    selected = app.select(names) if sink is None else _selected(app, sink, names)
+    out = console()
+    with app.places(selected) as places:
+
+        def look() -> tuple[dict[str, list[Backfill]], int]:
+            found: dict[str, list[Backfill]] = {}
+            code = 0
+            for name in selected:
+                try:
+                    with Connection(places[name].dsn, purpose="backfill") as connection:
+                        found[name] = rows.backfills(connection, sink)
+                except CdcError as error:
+                    click.echo(f"error: {name}: {error}", err=True)
+                    code = max(code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
+            return found, code
+
+        found, code = look()
+        if watch:
+            with Live(console=out, auto_refresh=False, transient=True) as live:
+                while code == 0 and any(one.state == "running" for all_ in found.values() for one in all_):
+                    if out.is_terminal:
+                        live.update(Group(_table(found, out)), refresh=True)
+                    time.sleep(_REDRAWN)
+                    found, code = look()
+    if as_json:
+        shape = {name: _by_sink(all_) for name, all_ in found.items()}
+        click.echo(json.dumps({"databases": shape}, ensure_ascii=False, indent=2))
+    elif any(found.values()):
+        print_table(_table(found, out), out)
+        for name, all_ in found.items():
+            for one in all_:
+                if one.reason is not None:
+                    out.print(plain(f"{name}: {one.sink}: {one.reason}", _STYLES["failed"]))
+    elif code == 0:
+        out.print("no backfill (cdc backfill start begins one)")
+    sys.exit(code)
+
+
+@backfill.command()
+@_sink
+@_tables
+@_databases
+@pass_app
+def pause(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Stop telling SINK of rows for now; the stream goes on."""
+    _change(app, sink, tables, names, state="paused", done="paused", needed="running")
+
+
+@backfill.command()
+@_sink
+@_tables
+@_databases
+@pass_app
+def resume(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Go on where the backfill was paused."""
+    _change(app, sink, tables, names, state="running", done="resumed", needed="paused")
+
+
+@backfill.command()
+@_sink
+@_tables
+@_databases
+@pass_app
+def cancel(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Give a backfill up; what was told stays told."""
+    _change(app, sink, tables, names, state="cancelled", done="cancelled", needed="under way")
+
+
+def _change(
+    app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...], *, state: State, done: str, needed: str
+) -> None:
+    selected = _selected(app, sink, names)
+    changed = False
+
+    def ask(name: str, place: Place) -> Iterator[str]:
+        nonlocal changed
+        with Connection(place.dsn, purpose="backfill") as connection:
+            relations = None
+            if tables:
+                known = [one for one in rows.backfills(connection, sink) if one.state in rows.FROM[state]]
+                relations = [
+                    one.relation for one in known if any(matches(pattern, one.schema, one.table) for pattern in tables)
+                ]
+            for table in rows.change(connection, sink, state, relations):
+                changed = True
+                yield f"{name}: backfill of {table} for sink {sink} is {done}"
+            _ring(app, name, connection)
+
+    code = _each(app, selected, ask)
+    if not changed and code == 0:
+        raise CdcError(f"sink {sink} has no backfill that is {needed} (see cdc backfill status {sink})")
+    sys.exit(code)
+
+
+def _selected(app: App, sink: str, names: tuple[str, ...]) -> list[str]:
+    """The databases that are meant, of those the sink delivers from. Raises ConfigError when there is none."""
+    if sink not in app.config.sinks:
+        known = ", ".join(app.config.sinks)
+        raise ConfigError([f"no sink {sink} in the configuration (known: {known})"])
+    selected = [name for name in app.select(names) if sink in installer.sinks_of(app.config, name)]
+    if not selected:
+        raise ConfigError([f"sink {sink} does not deliver from {', '.join(names)} (see its key databases)"])
+    return selected
+
+
+def _each(app: App, selected: Sequence[str], ask: Callable[[str, Place], Iterator[str]]) -> int:
+    """Do something in each database, and say what; one that fails does not stop the others. Returns the exit code."""
+    code = 0
+    with app.places(selected) as places:
+        for name in selected:
+            try:
+                for line in ask(name, places[name]):
+                    click.echo(line)
+            except CdcError as error:
+                click.echo(f"error: {name}: {error}", err=True)
+                code = max(code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
+    return code
+
+
+def _ring(app: App, name: str, connection: Connection) -> None:
+    if app.config.databases[name].notify != "off":
+        outbox.ring(connection, app.config.databases[name].channel)
+
+
+def _by_sink(all_: Sequence[Backfill]) -> dict[str, list[dict[str, object]]]:
+    shape: dict[str, list[dict[str, object]]] = {}
+    for one in all_:
+        shape.setdefault(one.sink, []).append(one.to_json())
+    return shape
+
+
+def _table(found: dict[str, list[Backfill]], out: Console) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold" if out.is_terminal else "")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    if out.is_terminal:
+        table.add_column("", min_width=20)
+    for name, all_ in found.items():
+        for one in all_:
+            estimate = max(one.estimate or 0, one.rows_read)
+            cells = [
+                plain(name),
+                plain(one.sink),
+                plain(f"{one.schema}.{one.table}"),
+                plain(one.state, _STYLES[one.state]),
+                plain(f"{one.share:.0%}"),
+                plain(f"{one.rows_read:,}"),
+                plain("-" if one.estimate is None else f"{one.rows_read if one.state == 'done' else estimate:,}"),
+                plain("-" if one.speed is None else f"{one.speed:,.0f}"),
+                plain("-" if one.remaining is None else age(one.remaining)),
+            ]
+            bar = [ProgressBar(total=1.0, completed=one.share, width=20)] if out.is_terminal else []
+            table.add_row(*cells, *bar)
+    return table
