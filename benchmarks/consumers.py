@@ -104,7 +104,6 @@ def pgq(dsn: str, counter: Counter) -> None:
     session = psycopg2.connect(dsn)
     session.set_session(autocommit=True)
     cursor = session.cursor()
-    ops = {"I": "insert", "U": "update"}
     counter.ready()
     ticked = 0.0
     while True:
@@ -121,7 +120,7 @@ def pgq(dsn: str, counter: Counter) -> None:
         while rows := cursor.fetchall():
             names = [column.name for column in cursor.description or ()]
             kind, data = names.index("ev_type"), names.index("ev_data")
-            counter.count([(ops[row[kind][0]], json.loads(row[data])["id"]) for row in rows])
+            counter.count([(json.loads(row[kind])["op"].lower(), json.loads(row[data])["id"]) for row in rows])
             cursor.execute("fetch 2000 from events")
         cursor.execute("close events")
         cursor.execute("commit")

@@ -75,7 +75,7 @@ class Consumer:
 @contextmanager
 def running(command: list[str]) -> Iterator[Consumer]:
     """A process for as long as the block takes."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     consumer = Consumer(process)
     try:
         yield consumer

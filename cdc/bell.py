@@ -27,6 +27,9 @@ SETTLE = 0.1
 SHORTEST_POLL = 0.002
 GATHER = 0.005
 """Seconds in which changes gather into one batch while they keep coming; a batch costs as much as a dozen events."""
+CROWD = 16
+"""Events in one batch from which on they come so fast that gathering for all of the sink's `batch.linger` pays: each
+batch costs the writers' machine a commit."""
 SAFETY_POLL = 30.0
 """Seconds between looks into the book while armed."""
 DEAF_POLL = 0.5
@@ -175,11 +178,12 @@ class Bell:
         longest = sleeper.linger if hears else max(sleeper.linger, DEAF_POLL)
         sleeper.pause = min(sleeper.pause * 2, max(longest, SHORTEST_POLL))
 
-    def pace(self, sleeper: Sleeper) -> None:
-        """After a batch that was not full: while awake, let a few changes gather instead of fetching each alone."""
+    def pace(self, sleeper: Sleeper, events: int) -> None:
+        """After a batch of so many events, not a full one: let changes gather while awake, not fetch each alone."""
         sleeper.due = 0.0
         if self.armed_since is None and self.audible:
-            sleeper.due = time.monotonic() + min(GATHER, sleeper.linger)
+            gather = sleeper.linger if events >= CROWD else min(GATHER, sleeper.linger)
+            sleeper.due = sleeper.looked_at + gather
 
     def rest(self, sleeper: Sleeper) -> bool:
         """Wait until there is something to do, at most `HEARTBEAT` seconds; whether it is time for a look."""

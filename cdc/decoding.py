@@ -62,6 +62,7 @@ NOT_TEXT: Final = "holds bytes that are no characters in the encoding of the dat
 OPS: Final = {"i": Op.INSERT, "u": Op.UPDATE, "d": Op.DELETE, "t": Op.TRUNCATE, "r": Op.READ}
 """What the letters of the outbox mean."""
 _DIGITS_ONLY: Final = str.maketrans("", "", "-:.TZ")
+_USUAL_LENGTH: Final = len("2026-11-22T08:01:02.123456Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,8 @@ class Decoder:
         return Unreadable(id_, seq, text, f"not a valid event: {type(error).__name__}")
 
     def _id(self, seq: int, at: str) -> str:
+        if len(at) == _USUAL_LENGTH:
+            return f"{self._database}-{seq}-{at[:4]}{at[5:7]}{at[8:10]}{at[11:13]}{at[14:16]}{at[17:19]}{at[20:26]}"
         return f"{self._database}-{seq}-{at.translate(_DIGITS_ONLY)}"
 
     def _key(self, table: CapturedTable, columns: Sequence[str], image: str) -> str | None:

@@ -262,7 +262,7 @@ class Pipeline(threading.Thread):
                         return
                     acked = batch.last_seq
                     if not batch.full:
-                        self._bell.pace(self._sleeper)
+                        self._bell.pace(self._sleeper, len(batch.events))
             self._pass_on(outbox)
             if not self._letters.replaying:
                 self._sleeper.due = min(self._sleeper.due, self._backfills.due_at)

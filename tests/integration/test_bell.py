@@ -255,7 +255,7 @@ def test_one_pipeline_that_works_keeps_the_bell_from_being_armed(house: House, s
     while time.monotonic() < until:
         house.bell.looking(busy)
         house.bell.found(busy, full=False)
-        house.bell.pace(busy)
+        house.bell.pace(busy, 1)
         assert not house.armed
         assert ring_lock(shop) == []
     house.bell.leave(busy)
