@@ -17,8 +17,8 @@ States of the bell, and what moves it::
               every pipeline found nothing for SETTLE seconds, and the lock was free
       awake ────────────────────────────────────────────────────────────────────────▶ armed
             ◀────────────────────────────────────────────────────────────────────────
-              full batches · more than BUSY_RATE notifications a second · queue half full · nobody left to wake
-              · connection lost
+              full batches · more than BUSY_RATE notifications a second · writers queue up to ring · queue half full
+              · nobody left to wake · connection lost
 
 On each failure: a lost connection takes the lock with it, so writers fall silent in the same moment in which nobody
 would hear them; pipelines poll until the listener is back. A notification that does not come back to its own sender
@@ -65,6 +65,11 @@ log = logging.getLogger(__name__)
 
 BUSY_RATE = 500
 """Notifications a second above which polling is the cheaper way, for writers and for us."""
+QUEUE_LOOK = 5
+"""Notifications within `SETTLE` seconds after which it is looked whether writers queue up for the lock of those who
+ring. Where a COMMIT takes 5 ms they get no further than 200 a second, however many they are: no rate tells of that."""
+QUEUE_LENGTH = 2
+"""So many of them waiting are a queue."""
 DEADLINE = 5.0
 """Seconds for one round trip of the listener; with the gauge's interval, how soon a dead connection is noticed."""
 GAUGE_INTERVAL = 3.0
@@ -118,6 +123,7 @@ class Listener(threading.Thread):
         self._burst_began = 0.0
         self._burst = 0
         self._hold_until = 0.0
+        self._looked_at = 0.0
         self._bytes_since_gauge = 0
         self._too_full = False
         self.malformed = 0
@@ -235,6 +241,14 @@ class Listener(threading.Thread):
         self._burst += 1
         self._bell.wake(event)
 
+    def _writers_queue(self, connection: Connection) -> bool:
+        """Whether those who ring wait for each other; asked once in `SETTLE` seconds at most."""
+        now = time.monotonic()
+        if self._burst < QUEUE_LOOK or now - self._looked_at < SETTLE:
+            return False
+        self._looked_at = now
+        return int(connection.query(QUERIES["ringers_waiting"])[0][0]) >= QUEUE_LENGTH
+
     def _rate_is_high(self) -> bool:
         return self._burst > BUSY_RATE * SETTLE and time.monotonic() - self._burst_began <= SETTLE
 
@@ -245,7 +259,7 @@ class Listener(threading.Thread):
         busy = self._rate_is_high()
         if self._bell.armed_since is not None:
             # What these queries read along is not lost: arming and disarming wake everybody, and refused we poll.
-            if busy or self._bell.should_disarm():
+            if busy or self._bell.should_disarm() or self._writers_queue(connection):
                 self._disarm(connection)
         elif now >= self._hold_until and not busy and self._bell.should_arm():
             crashpoints.reached("before-arm")

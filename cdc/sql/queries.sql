@@ -406,6 +406,12 @@ select pg_try_advisory_lock(6513763, 1);
 -- Stay awake, so that no writer needs to ring.
 select pg_advisory_unlock(6513763, 1);
 
+-- name: ringers_waiting
+-- How many transactions of the cluster wait in their COMMIT for the lock that whoever rings holds through his.
+select count(*) from pg_catalog.pg_locks l
+ where l.locktype = 'object' and l.database = 0 and l.classid = 'pg_catalog.pg_database'::regclass and l.objid = 0
+   and l.mode = 'AccessExclusiveLock' and not l.granted;
+
 -- name: queue_usage
 -- How full the cluster's notification queue is, 0 to 1. Asking also frees a queue that once filled up.
 select pg_notification_queue_usage();

@@ -42,6 +42,8 @@ BATCH = 500
 """The default of `batch: {events: …}`: what one fault can repeat."""
 NOTICED = 10.0
 """Seconds within which whatever hangs has to be noticed and got around."""
+WRITES = 30
+"""Of each writer that could queue up to ring."""
 PAUSES = 10.0
 """Longest pause between two tries to connect, in seconds."""
 
@@ -654,3 +656,34 @@ def refusal(conn: connection) -> str:
         ask(conn, "rollback")
     assert ask(conn, "select from hot where id = 5000") == []
     return said
+
+
+def test_writers_whose_commits_are_slow_do_not_queue_up_to_ring(
+    clusters: Clusters, mirror: Mirror, connect: Connect, figures: Figures
+) -> None:
+    """Counted in rings: who rings holds a lock through his COMMIT, and while all do they commit one after the other."""
+    cluster = clusters({"fsync": "on", "commit_delay": "20000", "commit_siblings": "0"})
+    project = mirror(cluster.create_database("shop"))
+    conn = connect(project.dsn)
+    ear = connect(project.dsn)
+    ask(ear, "listen cdc")
+
+    def write(number: int) -> None:
+        writer = connect(project.dsn)
+        for row in range(number * WRITES, (number + 1) * WRITES):
+            ask(writer, "insert into hot (id, ver, mark) values (%s, 1, %s)", 10_000 + row, -1 - row)
+
+    with project.daemon() as daemon:
+        daemon.wait_until_it_says("Listening.")
+        until(lambda: project.armed(conn), "the daemon sleeps")
+        writers = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        until(lambda: project.file.read_bytes().count(b"\n") == 8 * WRITES, "all is delivered")
+        assert daemon.drain() == 0
+    ask(ear, "select 1")
+    rung = len(ear.notifies)
+    assert rung < 8 * WRITES / 2
+    figures("8 writers whose COMMIT takes 20 ms", "they do not queue up to ring", of=8 * WRITES, rang=rung)
