@@ -420,7 +420,7 @@ def test_a_standby_is_1_and_the_line_says_so(fresh: Shop, standby: str, command:
     outcome = fresh.run(*command)
     assert outcome.code == 1
     text = outcome.stdout if command == ["check"] else outcome.stderr
-    (line,) = [line for line in text.splitlines() if "standby" in line]
+    (line,) = [line for line in text.splitlines() if "is a standby" in line]
     assert "shop: the server is a standby" in line
     assert "primary" in line
 
