@@ -248,7 +248,8 @@ def test_rows_and_changes_make_exactly_the_table(items: connection, installed: s
                 number += 1
                 session.execute("update item set v = %s where id = %s", (str(number), 1 + number * 37 % 400))
                 session.execute("delete from item where id = %s", (1 + number * 101 % 400,))
-                session.execute("insert into item values (%s, 'new')", (10_000 + number,))
+                if number <= 500:  # chunks of five rows may never catch up with a table that grows for ever
+                    session.execute("insert into item values (%s, 'new')", (10_000 + number,))
                 # Over the place the backfill has reached, in both directions.
                 session.execute(
                     "update item set id = 2000 - id where id = %s and not exists (select from item where id = %s)",
