@@ -14,6 +14,11 @@ from harness import until
 
 BOOT = Path(__file__).with_name("boot.sh")
 SYSTEMD = Path("/lib/systemd/systemd")
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+}
 
 
 class Guest:
@@ -24,42 +29,28 @@ class Guest:
 
     def run(self, command: str, *, fails: bool = False) -> str:
         """What a command of bash says in there, as root and from an environment of its own."""
-        done = subprocess.run(
-            [
-                "nsenter",
-                "--target",
-                str(self.pid),
-                "--all",
-                "--root",
-                "--wd",
-                "/bin/bash",
-                "-euo",
-                "pipefail",
-                "-c",
-                command,
-            ],
-            env={
-                "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                "HOME": "/root",
-                "LANG": "C.UTF-8",
-            }
-            | {name: value for name, value in os.environ.items() if name.startswith("PIP_")},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        done = self._ask(["/bin/bash", "-euo", "pipefail", "-c", command])
         said = done.stdout + done.stderr
         assert (done.returncode != 0) == fails, f"{command}: {done.returncode}\n{said[-3000:]}"
         return said
+
+    def has_booted(self) -> bool:
+        """Whether it has, even if a unit has failed."""
+        return self._ask(["systemctl", "is-system-running"]).stdout.strip() in ("running", "degraded")
 
     def show(self, unit: str, what: str) -> str:
         """A property of a unit."""
         return self.run(f"systemctl show {unit} --property {what} --value").strip()
 
-    def journal(self, unit: str) -> str:
-        """What a unit has said, each line with its priority before it."""
-        return self.run(f"journalctl --unit {unit} --output json --no-pager")
+    def _ask(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["nsenter", "--target", str(self.pid), "--all", "--root", "--wd", *command],
+            env=ENVIRONMENT | {name: value for name, value in os.environ.items() if name.startswith("PIP_")},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
 
 
 @contextmanager
@@ -94,18 +85,8 @@ def booted(shared: Path) -> Iterator[Guest]:
 
         until(lambda: first() is not None, "systemd is process 1")
         guest = Guest(first() or 0)
-        until(lambda: "running" in _state(guest) or "degraded" in _state(guest), "it has booted", 60)
+        until(guest.has_booted, "it has booted", 60)
         yield guest
     finally:
         outer.send_signal(signal.SIGKILL)
         outer.wait()
-
-
-def _state(guest: Guest) -> str:
-    done = subprocess.run(
-        ["nsenter", "--target", str(guest.pid), "--all", "--root", "--wd", "systemctl", "is-system-running"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout
