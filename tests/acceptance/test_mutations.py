@@ -178,7 +178,7 @@ def _round(
     """The workload and its readers: what was committed, what stands in the tables, what each one read."""
     with contextlib.closing(Connection(project.dsn, purpose="test")) as conn:
         conn.execute("drop table if exists hot, pair; " + SCHEMA)
-        conn.execute("truncate cdc.event, cdc.sink, cdc.position")
+        conn.execute("truncate cdc.event, cdc.sink, cdc.position cascade")
     project.cdc("migrate")
     readings = [_Reading(project.dsn, reader) for reader in readers]
     try:

@@ -462,10 +462,10 @@ def test_a_bug_in_reading_does_not_end_the_thread(
     real = Decoder.decode
     bugs = [ArithmeticError(SECRET), RuntimeError(SECRET)]
 
-    def decode(self: Decoder, rows: Sequence[tuple[Any, ...]]) -> Any:
+    def decode(self: Decoder, rows: Sequence[tuple[Any, ...]], *rest: Any) -> Any:
         if rows and bugs:
             raise bugs.pop()
-        return real(self, rows)
+        return real(self, rows, *rest)
 
     monkeypatch.setattr(Decoder, "decode", decode)
     insert(shop, 1)
