@@ -1,7 +1,7 @@
 -- cdc, revision 0007, undone. Backfills are forgotten; what the revision before had another body for is put back by the
 -- revision's script. A sink that was delivering the events of some tables again delivers those of all.
 drop function cdc.backfill_batch(text, bigint, bigint, integer, bigint, integer, bigint, integer);
-drop function cdc.scans(oid, integer, text[]);
+drop function cdc.scans(oid, integer, text[], text[]);
 drop function cdc.check_condition(oid, text);
 drop function cdc.backfill_obstacle(oid);
 drop function cdc.capture_of(oid);

@@ -25,6 +25,7 @@ create table cdc.backfill_progress (
   backfill integer not null references cdc.backfill (id) on delete cascade,
   key_columns text[], -- paged along them; null: along ctid
   estimate bigint not null, -- of the table's rows, by the planner
+  last_row text[], -- the highest key there was when it began: what has a higher one was put there since; null: along ctid
   cursor text[], -- of the last row that was delivered: the key, or partition, file, ctid and blocks
   rows_read bigint not null default 0, -- those looked at
   rows_told bigint not null default 0, -- those of them that became events
@@ -271,10 +272,12 @@ begin
 end
 $$;
 
--- cdc.scans(relation, captured table, cursor): the queries that lead from a row to all that come after it, in order: what
--- tells a row's place, the table or partition, and the rest of the query, where `new` is a row.
+-- cdc.scans(relation, captured table, cursor, last row): the queries that lead from a row to all that come after it, in
+-- order: what tells a row's place, whether it comes after the last one that counts, the table or partition, and the rest
+-- of the query, where `new` is a row.
 create function cdc.scans(
-  p_relation oid, p_captured integer, p_cursor text[], out place text, out source text, out rest text
+  p_relation oid, p_captured integer, p_cursor text[], p_last text[],
+  out place text, out beyond text, out source text, out rest text
 ) returns setof record
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -290,7 +293,16 @@ begin
   select 'array[' || string_agg(format('format(''%%s'', new.%I)', k.name), ', ') || ']',
          ' order by ' || string_agg(format('new.%I', k.name), ', ')
     into place, ordered from cdc.paging(p_relation, p_captured) k;
+  beyond := 'false';
   if place is not null then
+    if p_last is not null then -- compared with the column, whose collation it is
+      with k as (select w.*, row_number() over () as n from cdc.paging(p_relation, p_captured) w)
+      select string_agg('(' || (
+               select string_agg(format('new.%I %s %L::%s', o.name, case when o.n = k.n then o.greater else o.equal end,
+                                        p_last[o.n], o.type), ' and ' order by o.n)
+                 from k o where o.n <= k.n) || ')', ' or ')
+        into beyond from k;
+    end if;
     if p_cursor is null then
       rest := ordered;
       return next;
@@ -343,8 +355,8 @@ $$;
 --
 -- Paged along the key, one query for each of its columns: the same in all before and greater in this one, from the last
 -- column to the first. (A row comparison would find its operators by name.) A row whose key changes may move past the
--- cursor: the pipeline makes a row of that event, see cdc.backfill in the package. Paged along ctid up to where the table
--- ended at first: what is put beyond was written since, and is told of by the stream.
+-- cursor: the pipeline makes a row of that event, see cdc.backfill in the package. Paged up to where the table ended at
+-- first, by key as by ctid: what is put beyond was written since, and is told of by the stream.
 --
 -- An event's seq must be lower than that of any change the row may still come with, drawn or not, and there may be
 -- transactions in progress that have drawn theirs long ago. All that are have drawn a higher one than cdc.event_seq had
@@ -467,12 +479,20 @@ begin
       if g.backfill is null then
         execute format('explain (format json) select from %s', b.relation::regclass) into plan;
         select null::tid as at, p_backfill as backfill, keys as key_columns,
-               (plan #>> '{0,Plan,Plan Rows}')::numeric::bigint as estimate,
+               (plan #>> '{0,Plan,Plan Rows}')::numeric::bigint as estimate, null::text[] as last_row,
                null::text[] as cursor, 0::bigint as rows_read, 0::bigint as rows_told, false as ended, 0::bigint as chunk,
                null::text[] as next_cursor, null::integer as next_read, null::integer as next_told,
                null::boolean as next_ended, clock_timestamp() as told_at, 0::bigint as low_seq, drawn as drawn_seq,
                pg_current_xact_id() as drawn_txid, clock_timestamp() as began_at, clock_timestamp() as moved_at
           into g;
+        if keys is not null then
+          execute (
+            select format('select array[%s] from %s%s as new order by %s limit 1',
+                          string_agg(format('format(''%%s'', new.%I)', k), ', ' order by n),
+                          case when (select c.relkind from pg_class c where c.oid = b.relation) = 'r' then 'only ' end,
+                          b.relation::regclass, string_agg(format('new.%I desc', k), ', ' order by n))
+              from unnest(keys) with ordinality as o (k, n)) into g.last_row;
+        end if;
       elsif g.drawn_txid < pg_snapshot_xmin(here) then
         g.low_seq := g.drawn_seq;
         g.drawn_seq := drawn;
@@ -486,21 +506,25 @@ begin
       g.next_ended := true; -- unless a limit is met first
       reached := g.cursor;
       <<scans>>
-      for scan in select s.* from cdc.scans(b.relation, how.captured, g.cursor) s loop
+      for scan in select s.* from cdc.scans(b.relation, how.captured, g.cursor, g.last_row) s loop
         open page for execute format(
-          'select new.ctid as at, %s as place, w.wanted, i.image, i.whole
+          'select new.ctid as at, %s as place, %s as beyond, w.wanted, i.image, i.whole
              from %s as new
              cross join lateral (select %s as wanted offset 0) w
              left join lateral (select x.image, x.whole
                                   from cdc.captured_image(new.*, %s, %L, %L) x where w.wanted) i on true
              %s limit %s',
-          scan.place, scan.source,
+          scan.place, scan.beyond, scan.source,
           concat_ws(' and ', coalesce('coalesce((' || b.condition || E'\n)::boolean, false)', 'true'),
                     'cdc.passes(new.*, ' || quote_literal(how.condition) || ')'),
           how.captured, coalesce(how.hidden, ''), t.key_columns, scan.rest, p_rows - looked_at);
         loop
           fetch page into r;
           exit when not found;
+          if r.beyond then
+            close page;
+            exit scans;
+          end if;
           looked_at := looked_at + 1;
           reached := r.place;
           if r.wanted then
@@ -554,8 +578,8 @@ begin
     returning p.ctid into g.at;
   else
     insert into cdc.backfill_progress as p
-      (backfill, key_columns, estimate, chunk, next_cursor, next_read, next_told, next_ended, told_at, drawn_seq, drawn_txid)
-    values (g.backfill, g.key_columns, g.estimate, g.chunk, g.next_cursor, g.next_read, g.next_told, g.next_ended,
+      (backfill, key_columns, estimate, last_row, chunk, next_cursor, next_read, next_told, next_ended, told_at, drawn_seq, drawn_txid)
+    values (g.backfill, g.key_columns, g.estimate, g.last_row, g.chunk, g.next_cursor, g.next_read, g.next_told, g.next_ended,
             g.told_at, g.drawn_seq, g.drawn_txid)
     returning p.ctid into g.at;
   end if;
@@ -686,7 +710,7 @@ grant select, insert, delete on cdc.moment to cdc_reader;
 revoke all on function
   cdc.note_moment(), cdc.passes(anyelement, text), cdc.captured_image(anyelement, integer, text, text[]),
   cdc.paging(oid, integer), cdc.capture_of(oid), cdc.backfill_obstacle(oid), cdc.check_condition(oid, text),
-  cdc.scans(oid, integer, text[]), cdc.rewind(text, pg_snapshot, text[]),
+  cdc.scans(oid, integer, text[], text[]), cdc.rewind(text, pg_snapshot, text[]),
   cdc.backfill_batch(text, bigint, bigint, integer, bigint, integer, bigint, integer)
   from public;
 grant execute on function

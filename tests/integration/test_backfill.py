@@ -248,8 +248,7 @@ def test_rows_and_changes_make_exactly_the_table(items: connection, installed: s
                 number += 1
                 session.execute("update item set v = %s where id = %s", (str(number), 1 + number * 37 % 400))
                 session.execute("delete from item where id = %s", (1 + number * 101 % 400,))
-                if number <= 500:  # chunks of five rows may never catch up with a table that grows for ever
-                    session.execute("insert into item values (%s, 'new')", (10_000 + number,))
+                session.execute("insert into item values (%s, 'new')", (10_000 + number,))
                 # Over the place the backfill has reached, in both directions.
                 session.execute(
                     "update item set id = 2000 - id where id = %s and not exists (select from item where id = %s)",
@@ -268,6 +267,29 @@ def test_rows_and_changes_make_exactly_the_table(items: connection, installed: s
     wait_for(lambda: caught_up(items))
     run.end()
     assert len(told(run)) > 100
+    assert copy_of(run.sink.delivered) == rows_of(items)
+
+
+def test_a_table_that_grows_faster_than_its_rows_are_told_of_is_told_of_to_the_end(
+    items: connection, installed: str, prepare: Prepare
+) -> None:
+    insert(items, *range(1, 41))
+    ask(installed, rows=4)
+    run = prepare(start="now")
+
+    def grow(batch: list[Event]) -> None:
+        if any(event.op is Op.READ for event in batch):
+            with Connection(installed, purpose="writer") as session:
+                session.execute(
+                    "insert into item select max(id) + g, 'new' from item, generate_series(1, 20) g group by g"
+                )
+
+    run.sink.script = grow
+    run.start()
+    wait_for(lambda: state_of(items) == "done")
+    wait_for(lambda: caught_up(items))
+    run.end()
+    assert [event.key for event in told(run)] == [{"id": i} for i in range(1, 41)]
     assert copy_of(run.sink.delivered) == rows_of(items)
 
 
@@ -570,7 +592,7 @@ def test_the_daemons_role_reads_tables_only_as_they_are_captured(
     refused("select cdc.check_condition('item'::regclass, 'true')")
     refused("select cdc.captured_image(i, 1, '', '{id}') from cdc.sink i")
     refused("select cdc.passes(i, 'true') from cdc.sink i")
-    refused("select * from cdc.scans('item'::regclass, 1, null)")
+    refused("select * from cdc.scans('item'::regclass, 1, null, null)")
     fetch(session, "reset role")
     fetch(items, f"drop owned by {daemon}; drop role {daemon}")
 
@@ -715,6 +737,22 @@ def test_paging_comes_by_every_key_once_and_in_order(installed: str, items: conn
         expected = [n for (n,) in fetch(items, f"select n from {table} order by {order}")]
         for size in (1, 3):
             assert page_through(items, table, size) == expected, size
+        middle = len(expected) // 2
+        assert beyond(items, table, order, middle) == [False] * (middle + 1) + [True] * (len(expected) - middle - 1)
+
+
+def beyond(conn: connection, table: str, order: str, number: int) -> list[bool]:
+    """Of each row of a table in order, whether cdc.scans has it come after the one of that number."""
+    scans = (
+        "select place, beyond, source from cdc.scans(%s::regclass, (cdc.capture_of(%s::regclass)).captured, null, %s)"
+    )
+    ((place, nothing, source),) = fetch(conn, scans, (table, table, None))
+    assert nothing == "false"
+    query = f"select {place} from {source} as new order by {order} offset {number} limit 1"
+    last = value(conn, query.replace("%", "%%"), ())
+    ((_, condition, _),) = fetch(conn, scans, (table, table, last))
+    query = f"select {condition} from {source} as new order by {order}"
+    return [answer for (answer,) in fetch(conn, query.replace("%", "%%"), ())]
 
 
 def page_through(conn: connection, table: str, size: int) -> list[int]:
@@ -725,7 +763,7 @@ def page_through(conn: connection, table: str, size: int) -> list[int]:
     while True:
         page: list[tuple[int, list[str]]] = []
         for place, source, rest in fetch(
-            conn, "select place, source, rest from cdc.scans(%s::regclass, %s, %s)", (table, captured, cursor)
+            conn, "select place, source, rest from cdc.scans(%s::regclass, %s, %s, null)", (table, captured, cursor)
         ):
             query = f"select new.n, {place} from {source} as new {rest} limit {size - len(page)}"
             page += fetch(conn, query.replace("%", "%%"), ())
@@ -761,7 +799,9 @@ def test_a_chunk_costs_the_same_wherever_it_is(items: connection, installed: str
            insert into wide select g % 3, g::text, g from generate_series(1, 20000) g; analyze wide""",
     )
     captured = value(items, "select captured from cdc.capture_of('wide'::regclass)")
-    scans = fetch(items, "select source, rest from cdc.scans('wide'::regclass, %s, '{1,5000,5000}')", (captured,))
+    scans = fetch(
+        items, "select source, rest from cdc.scans('wide'::regclass, %s, '{1,5000,5000}', '{2,9,9}')", (captured,)
+    )
     assert len(scans) == 3
     fetch(items, "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off")
     for source, rest in scans:
