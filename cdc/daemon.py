@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import FrameType
 
-from cdc import diagnosis, health, installer, listener, outbox
+from cdc import diagnosis, health, inventory, listener, outbox
 from cdc.bell import Bell
 from cdc.config import Config, DatabaseConfig
 from cdc.connection import Connection
@@ -76,7 +76,7 @@ class Plan:
 
     def database(self, name: str) -> Database:
         """One of its databases, with nothing running for it yet."""
-        sinks = installer.sinks_of(self.config, name)
+        sinks = inventory.sinks_of(self.config, name)
         return Database(name, self.dsns[name], self.config.databases[name], sinks, self.validators.get(name))
 
 
@@ -316,7 +316,7 @@ class Daemon:
             database.options, database.validate = options, plan.validators.get(name)
             if database.keeper is not None:
                 database.keeper.retention, database.keeper.alarm = options.retention, options.outbox_alarm
-            sinks = installer.sinks_of(config, name)
+            sinks = inventory.sinks_of(config, name)
             old = [s for s in database.sinks if other_models or s not in sinks or config.sinks[s] != before.sinks[s]]
             changed += [
                 f"{name}/{sink}" for sink in dict.fromkeys([*old, *(s for s in sinks if s not in database.sinks)])
@@ -479,7 +479,7 @@ def check_revision(connection: Connection) -> None:
     Raises:
         NotInstalled: no schema, or one of another revision.
     """
-    installed, wanted = installer.installed_revision(connection), installer.head()
+    installed, wanted = inventory.installed_revision(connection), inventory.head()
     if installed is None:
         raise NotInstalled("cdc is not installed in this database (run `cdc migrate`)")
     if installed != wanted:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeVar
 
-from cdc import backfill, installer, listener, outbox
+from cdc import backfill, inventory, listener, outbox
 from cdc.backfill import Backfill
 from cdc.config import Config, DatabaseConfig
 from cdc.connection import OLDEST_SERVER, Connection
 from cdc.errors import CdcError, DatabaseUnreachable, InstallError, NotInstalled, NotPrimary
-from cdc.installer import Drift
+from cdc.inventory import Drift
 from cdc.options import is_glob, matches, split
 from cdc.outbox import OpenTransaction, SinkStatus
 from cdc.sql import QUERIES
@@ -65,10 +65,10 @@ def check(config: Config, names: Sequence[str], dsns: Mapping[str, tuple[str, st
     Returns:
         By database, in the order of `names`, what is fine first.
     """
-    head = installer.head()
+    head = inventory.head()
 
     def one(name: str) -> list[Finding]:
-        return _Checkup(name, config.databases[name], len(installer.sinks_of(config, name)), head).run(*dsns[name])
+        return _Checkup(name, config.databases[name], len(inventory.sinks_of(config, name)), head).run(*dsns[name])
 
     return [finding for findings in _all_at_once(one, names) for finding in findings]
 
@@ -210,7 +210,7 @@ class _Checkup:
             self._add("error", subject, f"lacks {privilege} on {object_}", _cure_of_privilege(privilege, object_, role))
         if ("select", "table cdc.alembic_version") in missing:
             return None
-        revision = installer.installed_revision(connection)
+        revision = inventory.installed_revision(connection)
         if revision is None:
             self._add("error", None, "cdc is not installed", "run cdc migrate")
             return None
@@ -239,7 +239,7 @@ class _Checkup:
         return len(connection.query(QUERIES["captured"]))
 
     def _triggers(self, connection: Connection, candidates: Sequence[_Candidate]) -> None:
-        for name in installer.replaced_functions(connection):
+        for name in inventory.replaced_functions(connection):
             self._add("error", f"function {name}", REPLACED, "run cdc migrate, which puts it back")
         drifts, problems = _drift(connection, self._options, candidates)
         disabled = _disabled(connection)
@@ -342,12 +342,12 @@ def status(config: Config, names: Sequence[str], dsns: Mapping[str, str]) -> dic
         names: the databases to look at.
         dsns: database name → how the daemon reaches it.
     """
-    head = installer.head()
+    head = inventory.head()
 
     def one(name: str) -> DatabaseStatus:
         try:
             with Connection(dsns[name], purpose="status") as connection:
-                return _status(connection, config.databases[name], list(installer.sinks_of(config, name)), head)
+                return _status(connection, config.databases[name], list(inventory.sinks_of(config, name)), head)
         except CdcError as error:
             state, text = _state_of(error), str(error)
             if state == "unreachable":
@@ -361,7 +361,7 @@ def status(config: Config, names: Sequence[str], dsns: Mapping[str, str]) -> dic
 
 
 def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str], head: str) -> DatabaseStatus:
-    revision = installer.installed_revision(connection)
+    revision = inventory.installed_revision(connection)
     if revision is None:
         raise NotInstalled("cdc is not installed in this database (run cdc migrate)")
     if revision != head:
@@ -378,7 +378,7 @@ def _status(connection: Connection, options: DatabaseConfig, sinks: Sequence[str
         for name, sink in known.items()
     }
     drifts, problems = _drift(connection, options, _candidates(connection))
-    replaced = installer.replaced_functions(connection)
+    replaced = inventory.replaced_functions(connection)
     if moved := outbox.moved_sinks(connection):
         problems.append(f"{outbox.ELSEWHERE}: {', '.join(moved)} ({outbox.ELSEWHERE_CURE})")
     pulse = outbox.pulse(connection)
@@ -488,7 +488,7 @@ def _candidates(connection: Connection) -> list[_Candidate]:
 
 
 def _wanted(candidates: Sequence[_Candidate], options: DatabaseConfig) -> list[_Candidate]:
-    """Those the configuration wants captured; as :func:`cdc.installer.resolve` sees it."""
+    """Those the configuration wants captured; as :func:`cdc.inventory.resolve` sees it."""
     named = {split(pattern) for pattern in options.tables if not is_glob(pattern)}
     return [
         c
@@ -506,7 +506,7 @@ def _drift(
         DatabaseError: see :meth:`cdc.connection.Connection.query`.
     """
     try:
-        return installer.find_drift(connection, options), []
+        return inventory.find_drift(connection, options), []
     except InstallError:
         pass
     # One table of the configuration is wrong; to hear of the others too each is asked for alone.
@@ -521,13 +521,13 @@ def _drift(
     for candidate in wanted:
         alone = {_quoted(candidate): options.options_for(candidate.schema, candidate.table)}
         try:
-            found = installer.find_drift(connection, options.model_copy(update={"tables": alone}))
+            found = inventory.find_drift(connection, options.model_copy(update={"tables": alone}))
         except InstallError as error:
             problems.append(str(error))
         else:
             drifts += [drift for drift in found if drift.state != "unmanaged"]
     names = {candidate.name for candidate in wanted}
-    everything = installer.find_drift(connection, options.model_copy(update={"tables": {}}))
+    everything = inventory.find_drift(connection, options.model_copy(update={"tables": {}}))
     return drifts + [drift for drift in everything if drift.table not in names], problems
 
 
@@ -539,7 +539,7 @@ def find_drift(connection: Connection, options: DatabaseConfig) -> list[str]:
     """
     drifts, problems = _drift(connection, options, _candidates(connection))
     disabled = _disabled(connection)
-    replaced = [f"function {name}: {REPLACED}" for name in installer.replaced_functions(connection)]
+    replaced = [f"function {name}: {REPLACED}" for name in inventory.replaced_functions(connection)]
     return [*problems, *replaced, *(f"{drift.table}: {_told(drift, disabled)}" for drift in drifts)]
 
 

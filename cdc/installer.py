@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import psycopg2
 import psycopg2.extensions as ext
@@ -44,10 +42,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from cdc import outbox
-from cdc.config import Config, DatabaseConfig, TableConfig
+from cdc.config import DatabaseConfig
 from cdc.connection import Connection, first_line
 from cdc.errors import DatabaseError, DatabaseUnreachable, InstallError, NotInstalled
-from cdc.options import is_glob, split
+from cdc.inventory import Target, arguments, head, migrations_directory, resolve
 from cdc.sql import QUERIES
 
 log = logging.getLogger(__name__)
@@ -90,18 +88,6 @@ class Change:
 
     subject: str
     what: str
-
-
-def migrations_directory() -> Path:
-    """Where the revisions are: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "migrations"
-    return installed if installed.is_dir() else package.parent / "migrations"
-
-
-def head() -> str:
-    """The revision this program works with."""
-    return str(ScriptDirectory(str(migrations_directory())).get_current_head())
 
 
 def migrate(
@@ -248,7 +234,7 @@ class _Migration:
         for target in targets:
             self.at = (target.oid, target.name)
             try:
-                cursor.execute(QUERIES["enable_capture"], _arguments(target, self.database))
+                cursor.execute(QUERIES["enable_capture"], arguments(target, self.database))
             except (pg.WrongObjectType, pg.UndefinedColumn, pg.InvalidParameterValue) as error:
                 raise InstallError(first_line(error)) from None
             yield Change(target.name, _fetch_text(cursor))
@@ -382,75 +368,6 @@ def _revision(transaction: SqlConnection) -> str | None:
 # -- triggers ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A table the configuration wants captured."""
-
-    oid: int
-    schema: str
-    table: str
-    options: TableConfig
-
-    @property
-    def name(self) -> str:
-        return f"{self.schema}.{self.table}"
-
-
-def resolve(candidates: Iterable[tuple[Any, ...]], database: DatabaseConfig) -> list[Target]:
-    """The tables the configuration's patterns stand for.
-
-    Args:
-        candidates: what there is, from the query ``candidate_tables``.
-        database: the configuration.
-
-    Raises:
-        InstallError: names that are not there, all of them.
-    """
-    found = {(schema, table): (oid, plain) for oid, schema, table, plain in candidates}
-    missing = [p for p in database.tables if not is_glob(p) and split(p) not in found]
-    if missing:
-        raise InstallError(
-            "; ".join(f"{pattern}: no such table" for pattern in missing) + " (correct `tables`, or create it first)"
-        )
-    targets = []
-    for (schema, table), (oid, plain) in found.items():
-        options = database.options_for(schema, table)
-        named = any(not is_glob(p) and split(p) == (schema, table) for p in database.tables)
-        # A glob means ordinary tables; naming anything else is for cdc.capture_plan to refuse, with the reason.
-        if options is not None and (plain or named):
-            targets.append(Target(oid, schema, table, options))
-    return sorted(targets, key=lambda target: target.name)
-
-
-def _arguments(target: Target, database: DatabaseConfig) -> dict[str, object]:
-    options = target.options
-    return {
-        "relation": target.oid,
-        "ops": list(options.ops),
-        "image": options.image,
-        "key": list(options.key) if options.key else None,
-        "always": options.always,
-        # Where the notification is the event, the trigger rings whatever the bell's mode.
-        "notify": "ephemeral" if options.delivery == "ephemeral" else database.notify,
-        "notify_payload": database.notify_payload,
-        "channel": database.channel,
-        "exclude": list(options.exclude),
-        "mask": json.dumps(options.mask),
-        "conditions": json.dumps(options.when),
-        # What a glob says is meant for many tables, some of which do not have the column.
-        "lenient": not database.names(target.schema, target.table),
-    }
-
-
-def capture_state(connection: Connection, target: Target, database: DatabaseConfig) -> str:
-    """Whether a table's triggers are what the configuration says: ``installed``, ``outdated`` or ``missing``.
-
-    Raises:
-        DatabaseError: it cannot be captured so; or see :meth:`cdc.connection.Connection.query`.
-    """
-    return str(connection.query(QUERIES["capture_state"], _arguments(target, database))[0][0])
-
-
 def enable_statement(connection: Connection, target: Target, database: DatabaseConfig, quoted: str) -> str:
     """The statement that makes a table's triggers what the configuration says, written out for people.
 
@@ -461,7 +378,7 @@ def enable_statement(connection: Connection, target: Target, database: DatabaseC
         quoted: the table's name as SQL, which stands in it in place of the number.
     """
     query = QUERIES["enable_capture"].replace("%(relation)s::oid::regclass", "%(relation)s::regclass")
-    return written_out(connection, query, _arguments(target, database) | {"relation": quoted})
+    return written_out(connection, query, arguments(target, database) | {"relation": quoted})
 
 
 def written_out(connection: Connection, query: str, parameters: Mapping[str, object]) -> str:
@@ -525,68 +442,6 @@ def _in_the_way(watch: Connection, table: tuple[int, str] | None) -> str:
     if table:
         return f"{table[1]} was in use by somebody who has ended meanwhile"
     return "another migration is at work on this database or its cluster"
-
-
-# -- drift ------------------------------------------------------------------------------------------------------
-
-
-def replaced_functions(connection: Connection) -> list[str]:
-    """Functions of schema cdc that are not what the revisions have made. Raises as Connection.query."""
-    try:
-        return [row[0] for row in connection.query(QUERIES["replaced_functions"])]
-    except NotInstalled:  # or of a revision that does not keep account of them
-        return []
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """A table whose triggers are not what the configuration says."""
-
-    table: str
-    state: Literal["missing", "outdated", "unmanaged"]
-
-
-def installed_revision(connection: Connection) -> str | None:
-    """The revision of schema cdc in this database, None without one. Raises as Connection.query."""
-    try:
-        rows = connection.query(QUERIES["revision"])
-    except NotInstalled:
-        return None
-    return str(rows[0][0]) if rows else None
-
-
-def find_drift(connection: Connection, database: DatabaseConfig) -> list[Drift]:
-    """Where the triggers of a database differ from the configuration; takes no lock, changes nothing.
-
-    Raises:
-        InstallError: a table that is not there, or that cannot be captured.
-        DatabaseError: as Connection.query.
-    """
-    targets = resolve(connection.query(QUERIES["candidate_tables"]), database)
-    drifts = []
-    for target in targets:
-        try:
-            state = capture_state(connection, target, database)
-        except DatabaseError as error:
-            raise InstallError(str(error)) from None
-        if state != "installed":
-            drifts.append(Drift(target.name, "missing" if state == "missing" else "outdated"))
-    wanted = {target.oid for target in targets}
-    drifts += [
-        Drift(f"{schema}.{table}", "unmanaged")
-        for relation, schema, table in connection.query(QUERIES["captured"])
-        if relation not in wanted
-    ]
-    return drifts
-
-
-def sinks_of(config: Config, database: str) -> dict[str, str]:
-    """The sinks fed from a database, with where each starts."""
-    return {
-        name: options.start
-        for name, options in config.sinks.items()
-        if options.databases is None or database in options.databases
-    }
 
 
 # -- uninstall --------------------------------------------------------------------------------------------------

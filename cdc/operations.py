@@ -395,7 +395,7 @@ def _compare(context: AutogenContext, upgrade_ops: UpgradeOps) -> PriorityDispat
         CommandError: the file is wrong or not named, schema cdc is not installed, a table cannot be captured.
     """
     from cdc.errors import InstallError
-    from cdc.installer import resolve
+    from cdc.inventory import resolve
     from cdc.sql import QUERIES
 
     connection = context.connection

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cdc import installer
+from cdc import installer, inventory
 from cdc.config import DatabaseConfig, TableConfig
 from cdc.connection import Connection
 from cdc.errors import InstallError
-from cdc.installer import Holder, Target
+from cdc.installer import Holder
+from cdc.inventory import Target
 from cdc.sql import QUERIES
 
 Wait = Literal["none", "moments", "until they end"]
@@ -132,14 +133,14 @@ class _Look:
         self._connection = connection
         self._name = name
         self._database = database
-        self._head = installer.head()
-        self._revision = installer.installed_revision(connection)
+        self._head = inventory.head()
+        self._revision = inventory.installed_revision(connection)
         self._at_head = self._revision == self._head
         # Of a revision that is not known here this says so.
         self._upgrade = "" if self._at_head else installer.upgrade_script(self._revision)
         candidates = connection.query(QUERIES["candidate_tables"])
         self._plain = {oid for oid, _, _, plain in candidates if plain}
-        targets = [] if schema_only else installer.resolve(candidates, database)
+        targets = [] if schema_only else inventory.resolve(candidates, database)
         captured = [] if self._revision is None or schema_only else connection.query(QUERIES["captured"])
         relations = list({target.oid for target in targets} | {row[0] for row in captured})
         self._facts = {
@@ -163,7 +164,7 @@ class _Look:
             yield Step("name in events", f"{called[0][0] or 'none'} → {self._name}")
 
     def functions(self) -> Iterator[Step]:
-        for name in installer.replaced_functions(self._connection):
+        for name in inventory.replaced_functions(self._connection):
             yield Step(f"function {name}", "put back")
 
     def tables(self) -> Iterator[tuple[str, Step]]:
@@ -191,7 +192,7 @@ class _Look:
 
     def _state(self, target: Target, facts: _Facts) -> str:
         if self._at_head:
-            state = installer.capture_state(self._connection, target, self._database)
+            state = inventory.capture_state(self._connection, target, self._database)
             return {"missing": "added", "outdated": "changed"}.get(state, "unchanged")
         self._check(target, facts)
         return f"compared at revision {self._head}, and changed if need be" if facts.triggers else "added"

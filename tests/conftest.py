@@ -11,7 +11,6 @@ import contextlib
 import shutil
 import signal
 import subprocess
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import pytest
 from cluster import Cluster
 from psycopg2 import sql
 from psycopg2.extensions import connection, cursor, make_dsn
+from scratch import scratch
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
@@ -103,8 +103,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         with Cluster(SETTINGS, bindir=bindir, initdb=INITDB) as cluster:
             yield Server(cluster.dsn(), _version(cluster.dsn()), None)
         return
-    # Not pytest's own temporary directory: that is closed to the user who runs PostgreSQL in root's stead.
-    directory = Path(tempfile.mkdtemp(prefix="cdc-tests-"))
+    directory = scratch("cdc-tests-")
     try:
         with start(directory, settings=SETTINGS) as embedded:
             yield Server(embedded.dsn(), _version(embedded.dsn()), embedded)

@@ -1,5 +1,7 @@
 """The command line. One file per command group; this one knows the global options and what an error's exit code is.
 
+A command's file is imported when it is called: Alembic, which few need, takes longer than all the rest together.
+
 Exit codes are the contract's: 0 ok, 1 failure, 2 usage, 69 a database or sink cannot be reached, 78 configuration.
 stdout is data, stderr is talk. A user sees causes and cures, never a traceback.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,27 +18,30 @@ import click
 
 from cdc import config as configuration
 from cdc.cli.app import App
-from cdc.cli.backfill import backfill
-from cdc.cli.check import check
-from cdc.cli.completion import completion
-from cdc.cli.dead_letters import dead_letters
-from cdc.cli.demo import demo
 from cdc.cli.logs import places, set_up_logging
-from cdc.cli.migrate import migrate
-from cdc.cli.models import models
-from cdc.cli.rebase import rebase
-from cdc.cli.run import run
-from cdc.cli.sinks import sinks
-from cdc.cli.status import status
-from cdc.cli.systemd import systemd
-from cdc.cli.tail import tail
 from cdc.cli.terminal import EXIT_CONFIG, EXIT_FAILURE, EXIT_UNREACHABLE
-from cdc.cli.uninstall import uninstall
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
 
+_COMMANDS = (
+    "backfill", "check", "completion", "dead-letters", "demo", "migrate", "models", "rebase", "run", "sinks", "status",
+    "systemd", "tail", "uninstall",
+)  # fmt: skip
+"""Each is what the file of its name has under its name, with _ for -."""
 
-class _Causes(click.Group):
-    """Turns this package's errors into one clear line each and the right exit code."""
+
+class _Commands(click.Group):
+    """Imports commands as they are asked for, and turns this package's errors into one clear line each and the right
+    exit code."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"cdc.cli.{name}"), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -62,7 +68,7 @@ class _Causes(click.Group):
             sys.exit(EXIT_FAILURE)
 
 
-@click.group(cls=_Causes, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-c",
     "--config",
@@ -78,10 +84,3 @@ def main(context: click.Context, path: Path | None, log_level: str | None, log_f
     """Change data capture for PostgreSQL tables."""
     set_up_logging(log_level or "info", log_format or "text")
     context.obj = App(lambda: configuration.find(path, os.environ), os.environ, log_level, log_format)
-
-
-for _command in (
-    backfill, check, completion, dead_letters, demo, migrate, models, rebase, run, sinks, status, systemd, tail,
-    uninstall,
-):  # fmt: skip
-    main.add_command(_command)

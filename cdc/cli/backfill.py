@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from cdc import backfill as rows
-from cdc import installer, outbox
+from cdc import inventory, outbox
 from cdc.backfill import Backfill, State
 from cdc.cli.app import App, Place, pass_app
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, age, console, plain, print_table
@@ -220,7 +220,7 @@ def _selected(app: App, sink: str, names: tuple[str, ...]) -> list[str]:
     if sink not in app.config.sinks:
         known = ", ".join(app.config.sinks)
         raise ConfigError([f"no sink {sink} in the configuration (known: {known})"])
-    selected = [name for name in app.select(names) if sink in installer.sinks_of(app.config, name)]
+    selected = [name for name in app.select(names) if sink in inventory.sinks_of(app.config, name)]
     if not selected:
         raise ConfigError([f"sink {sink} does not deliver from {', '.join(names)} (see its key databases)"])
     return selected

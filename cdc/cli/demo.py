@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cdc import config as configuration
-from cdc import embedded, installer
+from cdc import embedded, installer, inventory
 from cdc.cli import screen
 from cdc.cli.logs import set_up_logging
 from cdc.cli.workload import TABLES, Ledger, Shop, Workload
@@ -272,7 +272,7 @@ class _Tour:
             config.databases["shop"],
             dsn=dsn,
             reader_dsn=dsn,
-            sinks=installer.sinks_of(config, "shop"),
+            sinks=inventory.sinks_of(config, "shop"),
             on_wait=self.say,
         )
         for what, group in groupby(changes, lambda change: change.what):

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sqlalchemy import Connection as SqlConnection
 
-from cdc import installer, planner
+from cdc import installer, inventory, planner
 from cdc.cli.app import App, Place, pass_app
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, byte_size, plain
 from cdc.errors import CdcError, DatabaseUnreachable, InstallError
@@ -102,7 +102,7 @@ def migrate_all(
             app.config.databases[name],
             dsn=places[name].migrate_dsn,
             reader_dsn=places[name].dsn,
-            sinks=installer.sinks_of(app.config, name),
+            sinks=inventory.sinks_of(app.config, name),
             on_wait=fleet.on_wait,
             upgrade=upgrade,
             triggers=triggers,
@@ -287,7 +287,7 @@ def _write_script(app: App, places: dict[str, Place], name: str, *, schema_only:
         app.config.databases[name],
         dsn=place.migrate_dsn,
         reader_dsn=place.dsn,
-        sinks=installer.sinks_of(app.config, name),
+        sinks=inventory.sinks_of(app.config, name),
         schema_only=schema_only,
     )
     click.echo(text, nl=False)
@@ -301,7 +301,7 @@ def _show_plan(app: App, places: dict[str, Place], names: list[str], *, schema_o
             app.config.databases[name],
             dsn=place.migrate_dsn,
             reader_dsn=place.dsn,
-            sinks=installer.sinks_of(app.config, name),
+            sinks=inventory.sinks_of(app.config, name),
             schema_only=schema_only,
         )
         return name, steps

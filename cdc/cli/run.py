@@ -15,7 +15,6 @@ import click
 from cdc import crashpoints
 from cdc.cli.app import App, Place, pass_app
 from cdc.cli.logs import in_background
-from cdc.cli.migrate import migrate_all
 from cdc.cli.terminal import EXIT_FAILURE
 from cdc.config import Config, HttpConfig
 from cdc.daemon import Daemon, Plan
@@ -61,8 +60,11 @@ def run(app: App, first_migrate: bool, until_idle: bool) -> None:
     check(app.config)
     try:
         with app.places() as places, contextlib.ExitStack() as stack, in_background():
-            if first_migrate and migrate_all(app, places, list(places), all_on_stderr=True):
-                sys.exit(1)
+            if first_migrate:
+                from cdc.cli.migrate import migrate_all  # needs Alembic, which the daemon does not
+
+                if migrate_all(app, places, list(places), all_on_stderr=True):
+                    sys.exit(1)
 
             def reread() -> Plan:
                 config = app.read_again(check=check)

@@ -18,7 +18,7 @@ from harness import CDC, until
 from psycopg2.extensions import connection, make_dsn
 from sql import fetch, value
 
-from cdc import installer
+from cdc import inventory
 from cdc.cli.migrate import AT_ONCE
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def test_fifty_databases_three_of_which_cannot_be_migrated(
         f"{name}: {line}"
         for name in good
         for line in (
-            f"schema cdc: revision none → {installer.head()}",
+            f"schema cdc: revision none → {inventory.head()}",
             "public.orders: added",
             "sink audit: starts here",
         )
@@ -316,7 +316,7 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is_and_lines_stay_whole(
     assert process.returncode == 0
     assert "databases" in shown
     assert "3/3" in shown
-    schema = f"schema cdc: revision none → {installer.head()}"
+    schema = f"schema cdc: revision none → {inventory.head()}"
     expected = [
         f"{name}: {line}"
         for name in fleet.names

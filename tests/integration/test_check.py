@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from psycopg2 import sql
 from psycopg2.extensions import connection, make_dsn
 
-from cdc import installer, listener
+from cdc import inventory, listener
 from cdc.cli import main
 from cdc.embedded import start
 from cdc.errors import DatabaseUnreachable
@@ -101,7 +101,7 @@ def test_a_healthy_database_is_one_ok_line(shop: Shop, server: Server) -> None:
     shop.migrate()
     [line] = shop.check()
     assert line.startswith("ok      shop: PostgreSQL ")
-    assert line.endswith(f", revision {installer.head()}, 1 table captured, 1 sink")
+    assert line.endswith(f", revision {inventory.head()}, 1 table captured, 1 sink")
     assert f" {server.version // 10000}." in line
 
 
@@ -128,7 +128,7 @@ def test_another_revision_is_an_error(shop: Shop) -> None:
     shop.migrate()
     shop.cursor.execute("update cdc.alembic_version set version_num = '0000'")
     [line] = shop.check(1)
-    assert line == f"error   shop: schema cdc is at revision 0000, not {installer.head()} (run cdc migrate)"
+    assert line == f"error   shop: schema cdc is at revision 0000, not {inventory.head()} (run cdc migrate)"
 
 
 def test_a_trigger_that_was_dropped_is_missing(shop: Shop) -> None:
@@ -384,7 +384,7 @@ def test_a_server_lost_on_the_way_is_unreachable(shop: Shop, monkeypatch: pytest
     def cut(*_: object) -> None:
         raise DatabaseUnreachable("connection lost: the server closed it")
 
-    monkeypatch.setattr(installer, "find_drift", cut)
+    monkeypatch.setattr(inventory, "find_drift", cut)
     [line] = shop.check(69)
     assert line.startswith("error   shop: connection lost: ")
 

@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from psycopg2 import errors, sql
 from psycopg2.extensions import connection, make_dsn
 
-from cdc import installer
+from cdc import installer, inventory
 from cdc.cli import main
 from cdc.config import DatabaseConfig
 from cdc.embedded import start
@@ -194,7 +194,7 @@ def test_the_first_migration_says_line_by_line_what_it_made(fresh: Shop) -> None
     result = cdc(fresh.configure({"public.orders": {}, "public.customers": {}}), "migrate")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
-        f"shop: schema cdc: revision none → {installer.head()}",
+        f"shop: schema cdc: revision none → {inventory.head()}",
         "shop: public.customers: added",
         "shop: public.orders: added",
         "shop: sink audit: starts here",
@@ -678,7 +678,7 @@ def test_two_migrations_at_once_both_succeed(fresh: Shop) -> None:
     assert migrate_at_once(config, config) == [
         ["shop: public.orders: unchanged"],
         [
-            f"shop: schema cdc: revision none → {installer.head()}",
+            f"shop: schema cdc: revision none → {inventory.head()}",
             "shop: public.orders: added",
             "shop: sink audit: starts here",
         ],
@@ -768,7 +768,7 @@ def test_a_database_that_fails_leaves_the_others_done(
         result = cdc(path, "migrate")
         assert result.exit_code == 1
         assert result.stdout.splitlines() == [
-            f"last: schema cdc: revision none → {installer.head()}",
+            f"last: schema cdc: revision none → {inventory.head()}",
             "last: public.orders: added",
             "last: sink audit: starts here",
         ]
@@ -830,7 +830,7 @@ def test_the_owner_of_the_tables_migrates_without_being_superuser(modest: Shop) 
     result = cdc(configured(modest), "migrate")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
-        f"shop: schema cdc: revision none → {installer.head()}",
+        f"shop: schema cdc: revision none → {inventory.head()}",
         "shop: sales.orders: added",
         "shop: sink audit: starts here",
         "shop: role daemon: granted cdc_reader",
@@ -949,7 +949,7 @@ def test_two_databases_of_one_server_may_make_the_roles_at_once(modest: Shop) ->
             dsn = make_dsn(modest.dsn, dbname=name, user="migrator")
             config = modest.configure({"public.*": {}}, dsn=dsn)
             configs.append(config.rename(config.with_name(f"{name}.yaml")))
-        made = [f"shop: schema cdc: revision none → {installer.head()}", "shop: sink audit: starts here"]
+        made = [f"shop: schema cdc: revision none → {inventory.head()}", "shop: sink audit: starts here"]
         assert migrate_at_once(*configs) == [made, made]
     finally:
         modest.run("drop database modest_too with (force)")

@@ -26,7 +26,7 @@ from psycopg2.extensions import connection, cursor
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from cdc import installer
+from cdc import installer, inventory
 from cdc.embedded import start
 from cdc.sql import QUERIES
 
@@ -235,7 +235,7 @@ def test_up_down_up_gives_the_same_schema(database: str) -> None:
 
 
 def test_every_revision_can_be_undone_and_done_again(database: str) -> None:
-    for number, _ in enumerate((installer.migrations_directory() / "versions").glob("*.py")):
+    for number, _ in enumerate((inventory.migrations_directory() / "versions").glob("*.py")):
         below = describe(database)
         alembic_in_process(database, command.upgrade, "+1")
         before = describe(database)
@@ -327,7 +327,7 @@ def test_plain_alembic_does_what_cdc_migrate_does(
     done = alembic("-x", f"config={configured(tmp_path, database)}", "upgrade", "head")
     assert (done.returncode, by_cdc.returncode) == (0, 0), done.stderr + by_cdc.stderr
     assert done.stdout.splitlines() == [
-        f"shop: schema cdc: revision none → {installer.head()}",
+        f"shop: schema cdc: revision none → {inventory.head()}",
         "shop: public.orders: added",
         "shop: sink audit: starts here",
     ]
@@ -372,7 +372,7 @@ def test_asking_for_the_revision_touches_nothing(database: str, look: cursor, tm
     before = describe(database)
     done = alembic("-x", f"config={config}", "current")
     assert done.returncode == 0, done.stderr
-    assert installer.head() in done.stdout
+    assert inventory.head() in done.stdout
     assert describe(database) == before
 
 
@@ -380,7 +380,7 @@ def test_plain_alembic_takes_everything_down_again(database: str, look: cursor, 
     config = configured(tmp_path, database)
     assert alembic("-x", f"config={config}", "upgrade", "head").returncode == 0
     done = alembic("-x", f"config={config}", "downgrade", "base")
-    assert (done.returncode, done.stdout) == (0, f"shop: schema cdc: revision {installer.head()} → none\n")
+    assert (done.returncode, done.stdout) == (0, f"shop: schema cdc: revision {inventory.head()} → none\n")
     assert one(look, "select count(*) from pg_trigger where tgname like '00_cdc%'") == 0
     assert alembic("-x", f"config={config}", "upgrade", "head").returncode == 0
     assert describe(database).count("trigger public.orders.00_cdc") == 2
@@ -389,7 +389,7 @@ def test_plain_alembic_takes_everything_down_again(database: str, look: cursor, 
 def test_plain_alembic_without_a_configuration_does_the_schema_alone(database: str) -> None:
     assert alembic("-x", f"dsn={database}", "upgrade", "head").returncode == 0
     assert describe(database) == GOLDEN.read_text(encoding="utf-8")
-    assert installer.head() in alembic("-x", f"dsn={database}", "current").stdout
+    assert inventory.head() in alembic("-x", f"dsn={database}", "current").stdout
     assert alembic("-x", f"dsn={database}", "downgrade", "base").returncode == 0
 
 
@@ -578,8 +578,8 @@ def test_the_migrations_of_an_installed_package_are_found_inside_it(
     package = tmp_path / "cdc"
     shutil.copytree(CHECKOUT / "migrations", package / "migrations")
     monkeypatch.setattr(installer, "__file__", str(package / "installer.py"))
-    assert installer.migrations_directory() == package / "migrations"
-    assert installer.head()
+    assert inventory.migrations_directory() == package / "migrations"
+    assert inventory.head()
 
 
 def main() -> None:

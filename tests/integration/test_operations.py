@@ -1,6 +1,6 @@
 """op.enable_capture, op.disable_capture, and autogenerate that writes them: against `cdc migrate`'s own idea of equal.
 
-What an operation has made is judged by `installer.find_drift`, which compares a database with a YAML file. Most tests
+What an operation has made is judged by `inventory.find_drift`, which compares a database with a YAML file. Most tests
 run operations in this process; the documented example runs `alembic` and `cdc` as a user does.
 """
 
@@ -35,7 +35,7 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sql import fetch, value
 from sqlalchemy.pool import NullPool
 
-from cdc import config, installer
+from cdc import config, installer, inventory
 from cdc.config import DatabaseConfig, TableConfig
 from cdc.connection import Connection
 from cdc.event import Event
@@ -84,7 +84,7 @@ class Shop:
         """Where the database differs from the YAML, by table."""
         loaded = config.load(self.config, option_models(), {}).databases["shop"]
         with Connection(self.dsn, purpose="test") as session:
-            return {drift.table: drift.state for drift in installer.find_drift(session, loaded)}
+            return {drift.table: drift.state for drift in inventory.find_drift(session, loaded)}
 
     @contextlib.contextmanager
     def context(self, user: str | None = None, **opts: object) -> Iterator[MigrationContext]:

@@ -23,7 +23,7 @@ from sql import fetch
 from test_installer import KINDS, ODD, TABLES, Shop
 from test_migrations import alembic_in_process, describe
 
-from cdc import installer, planner
+from cdc import installer, inventory, planner
 from cdc.cli import main
 from cdc.config import DatabaseConfig
 from cdc.connection import Connection
@@ -89,7 +89,7 @@ def test_the_plan_of_a_fresh_database_says_line_by_line_what_would_be_made(fresh
     assert (result.exit_code, result.stderr) == (0, "")
     size = fresh.one("select pg_total_relation_size('orders') / 1024")
     assert result.stdout.splitlines() == [
-        f"shop: schema cdc: revision none → {installer.head()}",
+        f"shop: schema cdc: revision none → {inventory.head()}",
         f"shop: public.customers: added ({ADD} on 16.0 KiB, rows never counted; nobody is in the way)",
         f"shop: public.orders: added ({ADD} on {size}.0 KiB, about 1000 rows; nobody is in the way)",
         "shop: sink audit: starts here",
@@ -214,10 +214,10 @@ def test_an_older_revision_is_brought_up_and_its_triggers_are_compared_then(fres
     before = fresh.everything()
     steps = [(step["subject"], step["change"], step["lock"]) for step in planned(config)]
     assert steps == [
-        ("schema cdc", f"revision {revision} → {installer.head()}", DROP),
+        ("schema cdc", f"revision {revision} → {inventory.head()}", DROP),
         ("name in events", "none → shop", None),
         ("public.notes", "added", ADD),
-        ("public.orders", f"compared at revision {installer.head()}, and changed if need be", ADD),
+        ("public.orders", f"compared at revision {inventory.head()}, and changed if need be", ADD),
         ("sink audit", "starts here", None),
     ]
     assert fresh.everything() == before
@@ -500,7 +500,7 @@ def test_the_script_does_what_migrating_does(
     assert cdc(other.configure(TABLES_OF_A_SCRIPT)).exit_code == 0
     assert describe(fresh.dsn) == describe(other.dsn)
     assert contents(fresh) == contents(other)
-    assert fresh.query("select version_num from cdc.alembic_version") == [(installer.head(),)]
+    assert fresh.query("select version_num from cdc.alembic_version") == [(inventory.head(),)]
     after = fresh.everything()
     assert cdc(config).stdout.splitlines() == [
         f"shop: public.{table}: unchanged" for table in ("customers", "notes", "orders")
@@ -556,7 +556,7 @@ def test_a_script_is_not_run_twice_nor_where_it_was_not_written_for(fresh: Shop,
     text = cdc(config, "--sql").stdout
     by_psycopg2(fresh.dsn, text, connect)
     before = fresh.everything()
-    with pytest.raises(errors.RaiseException, match=f"revision none .* is at {installer.head()}"):
+    with pytest.raises(errors.RaiseException, match=f"revision none .* is at {inventory.head()}"):
         by_psycopg2(fresh.dsn, text, connect)
     done = psql(fresh.dsn, text)
     assert "ERROR" in done.stderr

@@ -19,7 +19,7 @@ from psycopg2 import errors
 from psycopg2.extensions import connection
 from sql import fetch, value
 
-from cdc import installer
+from cdc import inventory
 
 README = Path(__file__).parents[2] / "README.md"
 Connect = Callable[..., connection]
@@ -97,7 +97,7 @@ def shop(cluster: Cluster, tmp_path: Path, connect: Connect) -> Iterator[Shop]:
 
 def test_they_migrate_check_deliver_and_change(shop: Shop) -> None:
     assert shop.migrate() == [
-        f"shop: schema cdc: revision none → {installer.head()}",
+        f"shop: schema cdc: revision none → {inventory.head()}",
         "shop: sales.lines: added",
         "shop: sales.orders: added",
         "shop: sink mirror: starts here",
@@ -189,7 +189,7 @@ def test_each_grant_is_needed(shop: Shop) -> None:
         assert value(shop.admin, "select to_regnamespace('cdc')") is None
         fetch(shop.admin, "alter role cdc_migrator createrole")
         fetch(shop.admin, re.sub(r"(?m)^create role.*$", "", grants()))
-    assert f"shop: schema cdc: revision none → {installer.head()}" in shop.migrate()
+    assert f"shop: schema cdc: revision none → {inventory.head()}" in shop.migrate()
 
 
 def test_nothing_of_the_users_is_theirs(shop: Shop) -> None:

@@ -15,7 +15,7 @@ from sql import fetch, value
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from cdc import installer
+from cdc import inventory
 
 Connect = Callable[..., connection]
 
@@ -31,7 +31,7 @@ def test_the_tables_need_not_be_there_and_what_the_migrations_capture_is_deliver
 ) -> None:
     assert "public.orders: no such table" in project.cdc("migrate", codes=(1,)).stderr
     assert project.cdc("migrate", "--schema-only").stdout.splitlines() == [
-        f"shop: schema cdc: revision none → {installer.head()}",
+        f"shop: schema cdc: revision none → {inventory.head()}",
         "shop: sink mirror: starts here",
     ]
     assert project.cdc("migrate", "--schema-only").stdout == ""
@@ -67,5 +67,5 @@ def test_the_plan_and_the_script_leave_the_triggers_alone_too(project: Project, 
     assert "cdc.enable_capture('" not in script
     look = connect(project.dsn)
     fetch(look, script)
-    assert value(look, "select version_num from cdc.alembic_version") == installer.head()
+    assert value(look, "select version_num from cdc.alembic_version") == inventory.head()
     assert fetch(look, "select name from cdc.sink") == [("mirror",)]

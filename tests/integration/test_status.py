@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from psycopg2 import sql
 from psycopg2.extensions import connection, make_dsn
 
-from cdc import installer, outbox
+from cdc import inventory, outbox
 from cdc.cli import main
 from cdc.cli.terminal import age, byte_size
 from cdc.connection import Connection
@@ -157,11 +157,11 @@ def test_the_first_line_says_whether_all_is_well(shop: Shop, served: Outbox) -> 
 def test_a_healthy_database_is_summed_up_in_one_line(shop: Shop, served: Outbox) -> None:
     served.set_state("running")
     lines = shop.text().splitlines()
-    assert lines[-1].startswith(f"shop: revision {installer.head()}, not armed, outbox ")
+    assert lines[-1].startswith(f"shop: revision {inventory.head()}, not armed, outbox ")
     assert lines[-1].endswith("KiB, no drift")
     state = shop.json()["shop"]
     assert (state["state"], state["error"], state["drift"], state["problems"]) == ("ok", None, 0, [])
-    assert state["revision"] == installer.head()
+    assert state["revision"] == inventory.head()
     assert isinstance(state["outbox_bytes"], int)
 
 
@@ -169,7 +169,7 @@ def test_the_bell_is_armed_while_a_listener_holds_its_lock(shop: Shop) -> None:
     assert shop.json()["shop"]["armed"] is False
     shop.cursor.execute("select pg_advisory_lock(6513763, 1)")
     assert shop.json()["shop"]["armed"] is True
-    assert f"revision {installer.head()}, armed, " in shop.text()
+    assert f"revision {inventory.head()}, armed, " in shop.text()
 
 
 def test_a_writer_that_stays_silent_does_not_look_armed(shop: Shop) -> None:

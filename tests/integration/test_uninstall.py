@@ -25,7 +25,7 @@ from sql import fetch, value
 from test_installer import KINDS, TABLES
 from test_migrations import alembic_in_process
 
-from cdc import installer
+from cdc import installer, inventory
 from cdc.cli import main
 from cdc.embedded import start
 
@@ -189,7 +189,7 @@ def test_what_was_uninstalled_can_be_installed_again(project: Project) -> None:
     assert cdc(project, "migrate").exit_code == 0
     uninstall(project)
     first = cdc(project, "migrate").stdout.splitlines()
-    assert first[0] == f"shop: schema cdc: revision none → {installer.head()}"
+    assert first[0] == f"shop: schema cdc: revision none → {inventory.head()}"
     assert uninstall(project) == REMOVED
 
 

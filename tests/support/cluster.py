@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ import psycopg2
 from harness import is_stopped, until
 from psycopg2 import sql
 from psycopg2.extensions import make_dsn
+from scratch import scratch
 
 from cdc import embedded
 
@@ -103,8 +103,7 @@ class Cluster:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        # Not pytest's own temporary directory: that is closed to the user who runs PostgreSQL in root's stead.
-        self.directory = Path(tempfile.mkdtemp(prefix="cdc-cluster-")).resolve()
+        self.directory = scratch("cdc-cluster-")
         try:
             self._account = embedded._service_account(self.directory / "data")
             self.directory.chmod(0o711 if self._account else 0o700)
