@@ -33,21 +33,16 @@ declare
   captured_at timestamptz;
 begin
   begin -- a subtransaction that writes nothing takes no transaction id
-    if tg_op = 'UPDATE' then
-      old_image := cdc.image(old);
-      new_image := cdc.image(new);
-    elsif tg_op = 'INSERT' then
-      new_image := cdc.image(new);
-    elsif tg_op = 'DELETE' then
-      old_image := cdc.image(old);
-    end if;
+    old_image := case when tg_op in ('UPDATE', 'DELETE') then cdc.image(old) end;
+    new_image := case when tg_op in ('UPDATE', 'INSERT') then cdc.image(new) end;
   exception when others then -- over 1 GB as text, a cast that fails: say which row, and that it is not all
     op := left(tg_op, 1);
   end;
 
-  -- Narrow rows of which nothing is hidden are ready. (In memory an image has a header of 4 bytes.)
+  -- Narrow rows that differ and of which nothing is hidden are ready. (In memory an image has a header of 4 bytes.)
   if op is not null or tg_argv[4] <> ''
      or coalesce(pg_column_size(old_image), 0) + coalesce(pg_column_size(new_image), 0) > 4096
+     or (pg_column_size(old_image) = pg_column_size(new_image) and old_image::text = new_image::text)
   then
     declare
       -- Above this many bytes of both images equal columns of an update are not stored twice.
@@ -106,8 +101,6 @@ begin
         end if;
       end if;
     end;
-  elsif pg_column_size(old_image) = pg_column_size(new_image) and old_image::text = new_image::text then
-    return null; -- nothing visible has changed
   end if;
 
   -- Drawn here, with the row lock held: of two changes of one row the later has the higher number.

@@ -174,9 +174,10 @@ def project(tmp_path: Path, database: str, connect: Connect) -> Iterator[Callabl
 
 
 def progress(conn: connection) -> tuple[str, int]:
+    """The state of the last backfill and the key it has come to; how many rows there are left the writers decide."""
     rows = fetch(
         conn,
-        """select b.state, coalesce(p.rows_read, 0) from cdc.backfill b
+        """select b.state, coalesce(p.cursor[1]::bigint, 0) from cdc.backfill b
              left join cdc.backfill_progress p on p.backfill = b.id order by b.id desc limit 1""",
     )
     return rows[0] if rows else ("none", 0)
@@ -204,7 +205,7 @@ def test_a_backfill_is_exact_while_eight_writers_change_the_table_and_the_daemon
     rng = random.Random(f"{seed} backfill")
     # Slow enough for the kills to hit it.
     limits = ("--rate", str(scale(8000, 40_000)))
-    with Writers(database, seed, rows, pause=scale(0.005, 0.0)) as writers:
+    with Writers(database, seed, rows, pause=0.005) as writers:
         with place.daemon():
             without = rate_of(writers, scale(2.0, 20.0))
         place.cdc("backfill", "start", "mirror", "public.item", *limits)
