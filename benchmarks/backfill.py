@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,8 +83,12 @@ class Stand:
         done = threading.Event()
 
         def again() -> None:
-            while not done.wait(0.2):
-                self.cdc("backfill", "start", "out")
+            with psycopg2.connect(self.dsn) as session, session.cursor() as cursor:
+                while not done.wait(0.2):
+                    cursor.execute("select from cdc.backfill where state = 'running'")
+                    if not cursor.fetchall():
+                        self.cdc("backfill", "start", "out")
+                    session.rollback()
 
         if wanted:
             self.cdc("backfill", "start", "out")
@@ -192,8 +197,13 @@ def main() -> None:
         if given.dsn:
             run(given.dsn, Path(directory), given)
             return
-        with embedded.start(Path(directory) / "data") as server:
-            run(server.dsn(), Path(directory), given)
+        # Of its own, and directly in /tmp: as root, PostgreSQL runs as somebody who may not enter ours.
+        home = Path(tempfile.mkdtemp(prefix="cdc-bench-pg-"))
+        try:
+            with embedded.start(home) as server:
+                run(server.dsn(), Path(directory), given)
+        finally:
+            shutil.rmtree(home)
 
 
 if __name__ == "__main__":

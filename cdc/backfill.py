@@ -43,9 +43,13 @@ from cdc.sql import QUERIES
 
 log = logging.getLogger(__name__)
 
-TARGET = 0.02
+TARGET = 0.005
 """Seconds the rows of a chunk should take to be read and delivered: what a change may wait for them."""
-SMALLEST = 100
+QUIET_TARGET = 0.05
+"""The same while nothing changes: a chunk costs 3 ms whatever its size."""
+QUIET_AFTER = 1.0
+"""Seconds without a change until that is believed."""
+SMALLEST = 25
 """Rows of a chunk at least, where the backfill's own limit allows."""
 PAGE = 5000
 """Events of a page at most while rows are to be told of. They come with the last page of a window only, and a sink that
@@ -107,6 +111,7 @@ class Backfills:
         self._rows = float(SMALLEST)  # of the next chunk
         self._read_at = 0.0
         self._took = 0.0  # to read the rows in hand
+        self._changed_at = float("-inf")  # when the stream last brought something
         self.due_at = float("inf")
         """When the next chunk is to be read, by the monotonic clock."""
 
@@ -222,6 +227,8 @@ class Backfills:
         crashpoints.reached("after-chunk")
         control = found.pop() if found and found[-1][4] == "x" else None
         page = [row[:8] for row in found if row[4] not in ("r", "R")]
+        if page:
+            self._changed_at = self._read_at
         rows: Sequence[Event | Unreadable] = ()
         if control is not None:
             chunk, looked_at, over, obstacle = control[0], control[3], control[5], control[6]
@@ -275,7 +282,8 @@ class Backfills:
 
     def delivered(self, seconds: float) -> None:
         """The rows in hand are delivered, which took so long: choose how many come next."""
-        factor = TARGET / max(self._took + seconds, 0.001)
+        target = QUIET_TARGET if self._read_at - self._changed_at > QUIET_AFTER else TARGET
+        factor = target / max(self._took + seconds, 0.001)
         self._rows = max(float(SMALLEST), self._rows * min(2.0, max(0.5, factor)))
         self._rows = min(self._rows, 100_000.0)
 

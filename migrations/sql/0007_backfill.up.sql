@@ -162,13 +162,23 @@ $$;
 -- row" in SQL; no row: it cannot. That takes a primary key by btree, for order and uniqueness, of types whose text form
 -- leads back to the value without running code of a user: no domains inside of others, whose checks are anybody's.
 -- Casts are not used at all, for anybody may define them for his types.
-create function cdc.paging(
-  p_relation oid, p_captured integer,
-  out name text, out type text, out equal text, out greater text
-) returns setof record
-language sql stable
+create type cdc.key_column as (
+  name text,
+  type text, -- that its text form leads back through
+  equal text, -- operators
+  greater text
+);
+create function cdc.paging(p_relation oid, p_captured integer) returns setof cdc.key_column
+language plpgsql stable -- which plans it once in a session, and not once for each chunk
 set search_path = pg_catalog, pg_temp
+-- A table has a few columns and a database perhaps thousands of types: look those up that are wanted.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 as $$
+#variable_conflict use_column
+begin
+  return query
   with recursive part as (
     select k.n, a.attname, a.atttypid as type, oc.opcfamily, oc.opcintype
       from pg_index i
@@ -211,7 +221,8 @@ as $$
    where (select array_agg(q.attname::text order by q.n) from part q)
          = (select c.key_columns from cdc.captured_table c where c.id = p_captured)
      and not exists (select from inner_type i join pg_type d on d.oid = i.id where d.typtype in ('d', 'p'))
-   order by p.n
+   order by p.n;
+end
 $$;
 
 -- cdc.capture_of(relation): how the triggers of a table capture it now: the cdc.captured_table row, whether its changes are
@@ -220,15 +231,18 @@ $$;
 create function cdc.capture_of(
   p_relation oid, out captured integer, out ephemeral boolean, out hidden text, out condition text
 )
-language sql stable
+language plpgsql stable -- as cdc.paging
 set search_path = pg_catalog, pg_temp
 as $$
+begin
   select max(g.arguments[1]::integer), bool_or(g.arguments[2] = 'ephemeral'), max(g.arguments[5]),
          max(case when g.tgname = '00_cdc_insert' then cdc.condition_of(g.oid) end)
+    into captured, ephemeral, hidden, condition
     from (select t.oid, t.tgname, string_to_array(encode(t.tgargs, 'escape'), '\000') as arguments
             from pg_trigger t
            where t.tgrelid = p_relation and t.tgfoid = 'cdc.capture()'::regprocedure and t.tgparentid = 0
-             and starts_with(t.tgname::text, '00_cdc_')) g
+             and starts_with(t.tgname::text, '00_cdc_')) g;
+end
 $$;
 
 -- cdc.backfill_obstacle(relation): why the rows of a table cannot be told of exactly, with the cure; null: they can.
@@ -272,11 +286,11 @@ begin
 end
 $$;
 
--- cdc.scans(relation, captured table, cursor, last row): the queries that lead from a row to all that come after it, in
--- order: what tells a row's place, whether it comes after the last one that counts, the table or partition, and the rest
--- of the query, where `new` is a row.
+-- cdc.scans(relation, key, cursor, last row): the queries that lead from a row to all that come after it, in order: what
+-- tells a row's place, whether it comes after the last one that counts, the table or partition, and the rest of the query,
+-- where `new` is a row.
 create function cdc.scans(
-  p_relation oid, p_captured integer, p_cursor text[], p_last text[],
+  p_relation oid, p_key cdc.key_column[], p_cursor text[], p_last text[],
   out place text, out beyond text, out source text, out rest text
 ) returns setof record
 language plpgsql stable
@@ -292,11 +306,11 @@ begin
             || p_relation::regclass;
   select 'array[' || string_agg(format('format(''%%s'', new.%I)', k.name), ', ') || ']',
          ' order by ' || string_agg(format('new.%I', k.name), ', ')
-    into place, ordered from cdc.paging(p_relation, p_captured) k;
+    into place, ordered from unnest(p_key) k;
   beyond := 'false';
   if place is not null then
     if p_last is not null then -- compared with the column, whose collation it is
-      with k as (select w.*, row_number() over () as n from cdc.paging(p_relation, p_captured) w)
+      with k as (select * from unnest(p_key) with ordinality as w (name, type, equal, greater, n))
       select string_agg('(' || (
                select string_agg(format('new.%I %s %L::%s', o.name, case when o.n = k.n then o.greater else o.equal end,
                                         p_last[o.n], o.type), ' and ' order by o.n)
@@ -309,7 +323,7 @@ begin
       return;
     end if;
     for rest in
-      with k as (select w.*, row_number() over () as n from cdc.paging(p_relation, p_captured) w)
+      with k as (select * from unnest(p_key) with ordinality as w (name, type, equal, greater, n))
       select 'where ' || (
                select string_agg(format('new.%I %s %L::%s', o.name, case when o.n = k.n then o.greater else o.equal end,
                                         p_cursor[o.n], o.type), ' and ' order by o.n)
@@ -406,6 +420,7 @@ declare
   how record;
   t cdc.captured_table;
   scan record;
+  key cdc.key_column[];
   keys text[];
   plan json;
   page refcursor;
@@ -467,12 +482,15 @@ begin
     begin
       select * into how from cdc.capture_of(b.relation);
       select * into t from cdc.captured_table c where c.id = how.captured;
-      keys := (select array_agg(k.name) from cdc.paging(b.relation, how.captured) k);
+      key := (select array_agg(k) from cdc.paging(b.relation, how.captured) k);
+      keys := (select array_agg(k.name order by k.n) from unnest(key) with ordinality as k (name, type, equal, greater, n));
       if how.captured is not null and g.backfill is not null and g.key_columns is distinct from keys then
         raise exception 'table %.% has another primary key than when the backfill began (start it again)',
           b.schema_name, b.table_name using errcode = 'CDC03';
       end if;
-      obstacle := cdc.backfill_obstacle(b.relation);
+      if key is null or how.ephemeral then
+        obstacle := cdc.backfill_obstacle(b.relation);
+      end if;
       if obstacle is not null then
         raise exception 'table %.% %', b.schema_name, b.table_name, obstacle using errcode = 'CDC03';
       end if;
@@ -506,7 +524,7 @@ begin
       g.next_ended := true; -- unless a limit is met first
       reached := g.cursor;
       <<scans>>
-      for scan in select s.* from cdc.scans(b.relation, how.captured, g.cursor, g.last_row) s loop
+      for scan in select s.* from cdc.scans(b.relation, key, g.cursor, g.last_row) s loop
         open page for execute format(
           'select new.ctid as at, %s as place, %s as beyond, w.wanted, i.image, i.whole
              from %s as new
@@ -710,7 +728,7 @@ grant select, insert, delete on cdc.moment to cdc_reader;
 revoke all on function
   cdc.note_moment(), cdc.passes(anyelement, text), cdc.captured_image(anyelement, integer, text, text[]),
   cdc.paging(oid, integer), cdc.capture_of(oid), cdc.backfill_obstacle(oid), cdc.check_condition(oid, text),
-  cdc.scans(oid, integer, text[], text[]), cdc.rewind(text, pg_snapshot, text[]),
+  cdc.scans(oid, cdc.key_column[], text[], text[]), cdc.rewind(text, pg_snapshot, text[]),
   cdc.backfill_batch(text, bigint, bigint, integer, bigint, integer, bigint, integer)
   from public;
 grant execute on function

@@ -592,7 +592,7 @@ def test_the_daemons_role_reads_tables_only_as_they_are_captured(
     refused("select cdc.check_condition('item'::regclass, 'true')")
     refused("select cdc.captured_image(i, 1, '', '{id}') from cdc.sink i")
     refused("select cdc.passes(i, 'true') from cdc.sink i")
-    refused("select * from cdc.scans('item'::regclass, 1, null, null)")
+    refused("select * from cdc.scans('item'::regclass, null, null, null)")
     fetch(session, "reset role")
     fetch(items, f"drop owned by {daemon}; drop role {daemon}")
 
@@ -741,29 +741,34 @@ def test_paging_comes_by_every_key_once_and_in_order(installed: str, items: conn
         assert beyond(items, table, order, middle) == [False] * (middle + 1) + [True] * (len(expected) - middle - 1)
 
 
+def key_of(table: str) -> str:
+    """What cdc.scans is to be told of a table, as SQL."""
+    name = f"'{table}'::regclass"
+    return f"(select array_agg(k) from cdc.capture_of({name}) c, cdc.paging({name}, c.captured) k)"
+
+
 def beyond(conn: connection, table: str, order: str, number: int) -> list[bool]:
     """Of each row of a table in order, whether cdc.scans has it come after the one of that number."""
-    scans = (
-        "select place, beyond, source from cdc.scans(%s::regclass, (cdc.capture_of(%s::regclass)).captured, null, %s)"
-    )
-    ((place, nothing, source),) = fetch(conn, scans, (table, table, None))
+    scans = f"select place, beyond, source from cdc.scans('{table}'::regclass, {key_of(table)}, null, %s)"
+    ((place, nothing, source),) = fetch(conn, scans, (None,))
     assert nothing == "false"
     query = f"select {place} from {source} as new order by {order} offset {number} limit 1"
     last = value(conn, query.replace("%", "%%"), ())
-    ((_, condition, _),) = fetch(conn, scans, (table, table, last))
+    ((_, condition, _),) = fetch(conn, scans, (last,))
     query = f"select {condition} from {source} as new order by {order}"
     return [answer for (answer,) in fetch(conn, query.replace("%", "%%"), ())]
 
 
 def page_through(conn: connection, table: str, size: int) -> list[int]:
     """All of a table, by the queries of cdc.scans, `size` rows at a time."""
-    captured = value(conn, "select captured from cdc.capture_of(%s::regclass)", (table,))
     cursor: list[str] | None = None
     found: list[int] = []
     while True:
         page: list[tuple[int, list[str]]] = []
         for place, source, rest in fetch(
-            conn, "select place, source, rest from cdc.scans(%s::regclass, %s, %s, null)", (table, captured, cursor)
+            conn,
+            f"select place, source, rest from cdc.scans('{table}'::regclass, {key_of(table)}, %s, null)",
+            (cursor,),
         ):
             query = f"select new.n, {place} from {source} as new {rest} limit {size - len(page)}"
             page += fetch(conn, query.replace("%", "%%"), ())
@@ -798,9 +803,8 @@ def test_a_chunk_costs_the_same_wherever_it_is(items: connection, installed: str
            alter table wide disable trigger all;
            insert into wide select g % 3, g::text, g from generate_series(1, 20000) g; analyze wide""",
     )
-    captured = value(items, "select captured from cdc.capture_of('wide'::regclass)")
     scans = fetch(
-        items, "select source, rest from cdc.scans('wide'::regclass, %s, '{1,5000,5000}', '{2,9,9}')", (captured,)
+        items, f"select source, rest from cdc.scans('wide'::regclass, {key_of('wide')}, '{{1,5000,5000}}', '{{2,9,9}}')"
     )
     assert len(scans) == 3
     fetch(items, "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off")
