@@ -288,7 +288,7 @@ def _read(bench: Bench, events: int, *, decode: bool) -> dict[str, float]:
 
 
 class _Bare:
-    def decode(self, rows: Sequence[object]) -> Sequence[object]:
+    def decode(self, rows: Sequence[object], _ids: object = None) -> Sequence[object]:
         return rows
 
 

@@ -577,7 +577,7 @@ def test_the_migrations_of_an_installed_package_are_found_inside_it(
 ) -> None:
     package = tmp_path / "cdc"
     shutil.copytree(CHECKOUT / "migrations", package / "migrations")
-    monkeypatch.setattr(installer, "__file__", str(package / "installer.py"))
+    monkeypatch.setattr(inventory, "__file__", str(package / "inventory.py"))
     assert inventory.migrations_directory() == package / "migrations"
     assert inventory.head()
 
