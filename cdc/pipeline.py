@@ -88,6 +88,10 @@ STALLED_AFTER = 5.0
 """Seconds in one delivery after which a sink counts as stalled."""
 SMALLEST_SHARE = 1 / 256
 """Of a batch's limits, as long as pages are lost on the way again and again."""
+LARGEST_SHARE = 8
+"""Batches read and acknowledged as one page while a backlog is got through: each page costs a commit."""
+PROMPT = 0.1
+"""Seconds in which a page has to be off our hands for the next to be larger. A crash repeats a page."""
 ROUTES = 10_000
 """Routes whose fate is remembered; forged notifications may come with any number of them."""
 COUNT_INTERVAL = 1.0
@@ -136,7 +140,7 @@ class Pipeline(threading.Thread):
         self._validate = validate
         self._sleeper = Sleeper(self.name, self._wants, linger=self._options.batch.linger)
         self._wants_route = lru_cache(maxsize=ROUTES)(self._decide)
-        self._share = 1.0  # of a batch's limits, which a slow line may be too slow for
+        self._share = 1.0  # of a batch's limits: less where a slow line is too slow for them, more in a backlog
         self._heard_at = 0.0
         self._asked_at = 0.0
         self._paused = False
@@ -258,9 +262,11 @@ class Pipeline(threading.Thread):
                 if batch is not None:
                     lively = True
                     self._turn_to(outbox, batch)
+                    began = time.monotonic()
                     if not self._process(outbox, batch):
                         return
                     acked = batch.last_seq
+                    self._choose_share(batch, time.monotonic() - began)
                     if not batch.full:
                         self._bell.pace(self._sleeper, len(batch.events))
             self._pass_on(outbox)
@@ -300,22 +306,33 @@ class Pipeline(threading.Thread):
             crashpoints.reached("after-acknowledge")
 
     def _read(self, outbox: Outbox, acked: int | None) -> Batch | None:
-        """The next page; smaller ones for a while after a page that did not come through in time."""
+        """The next page."""
         limits = self._options.batch
         self.meter.lives(PATIENCE)
         try:
             batch = self._backfills.next_batch(
                 acked,
                 events=max(1, int(limits.events * self._share)),
-                bytes_=max(1, int(limits.bytes * self._share)),
-                roomy=self._share == 1.0,
+                bytes_=max(1, int(limits.bytes * min(1.0, self._share))),
+                roomy=self._share >= 1.0,
             )
         except DatabaseUnreachable:
-            self._share = max(self._share / 4, SMALLEST_SHARE)
+            self._share = max(min(1.0, self._share) / 4, SMALLEST_SHARE)
             raise
-        if batch is not None and batch.full:
-            self._share = min(1.0, self._share * 2)
         return batch
+
+    def _choose_share(self, batch: Batch, took: float) -> None:
+        """How large the next page may be, now that one was got off our hands in so many seconds.
+
+        Smaller for a while after one that did not come through in time; larger in a backlog the sink takes quickly.
+        """
+        if self._share < 1.0:
+            if batch.full:
+                self._share = min(1.0, self._share * 2)
+        elif not batch.full or took > 2 * PROMPT:
+            self._share = max(1.0, self._share / 2)
+        elif took < PROMPT:
+            self._share = min(float(LARGEST_SHARE), self._share * 2)
 
     def _turn_to(self, outbox: Outbox, batch: Batch | None = None) -> None:
         """Tell a sink that keeps the position itself where in the book it is."""
