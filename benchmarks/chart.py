@@ -37,13 +37,13 @@ def draw(
     base = capture.get("untriggered", {}).get("tps", 0)
     panels = [
         (
-            "updates, 8 clients, of untriggered",
+            "of untriggered, 8 clients",
             {name: row["tps"] / base for name, row in capture.items() if base and name != "untriggered"},
             "{:.2f}",
         ),
         ("latency p50, ms", {name: row["p50_ms"] for name, row in latency.items()}, "{:.2f}"),
         (
-            "400k events consumed after, s",
+            "400k consumed after, s",
             {name: row["consumed_s"] for name, row in bulk.items() if "consumed_s" in row},
             "{:.1f}",
         ),

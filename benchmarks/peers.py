@@ -179,12 +179,13 @@ def capture(bench: Bench, rival: Rival) -> None:
     for clients in bench.clients:
         with bench.place(rival) as place:
             with rival.consuming(place) as consumer:
+                cpu = consumer.cpu()
                 tps, number = bench.pgbench(place, clients)
                 ended = time.monotonic()
                 behind = 0.0
                 if not isinstance(rival, Untriggered):
                     behind = max(0.0, _consumed(rival, place, number) - ended)
-                cpu = consumer.cpu()
+                cpu = consumer.cpu() - cpu
             if not isinstance(rival, Untriggered):
                 _exactly(rival, place, insert=0, update=number)
             bench.results.add(
