@@ -49,7 +49,7 @@ QUIET_TARGET = 0.05
 """The same while nothing changes: a chunk costs 3 ms whatever its size."""
 QUIET_AFTER = 1.0
 """Seconds without a change until that is believed."""
-SMALLEST = 25
+SMALLEST = 100
 """Rows of a chunk at least, where the backfill's own limit allows."""
 PAGE = 5000
 """Events of a page at most while rows are to be told of. They come with the last page of a window only, and a sink that
@@ -182,13 +182,21 @@ class Backfills:
             roomy: while rows are to be told of the page may have `PAGE` events: see :func:`slices`.
             bytes_: roughly so many bytes of images, of events and of rows.
         """
-        task = self._task()
-        if task is None or time.monotonic() < self.due_at:
+        task, now = self._task(), time.monotonic()
+        due = now >= self.due_at
+        # Changes that came while a chunk was on its way need not wait for the next one to be read.
+        stream_first = self._handed is not None and acked is not None and now - self._changed_at < QUIET_AFTER
+        if task is None or not due or stream_first:
             if self._handed is not None and acked is not None:
                 self.acknowledge(acked)
                 acked = None
             batch = self._outbox.next_batch(acked, events=events, bytes_=bytes_)
-            return None if batch is None else self.complete(batch)
+            if batch is not None:
+                self._changed_at = now
+                return self.complete(batch)
+            if task is None or not due:
+                return None
+            acked = None
         events = max(events, PAGE) if roomy else events
         done = self._handed if acked is not None else None
         self._read_at = time.monotonic()
