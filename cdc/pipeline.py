@@ -308,13 +308,15 @@ class Pipeline(threading.Thread):
     def _read(self, outbox: Outbox, acked: int | None) -> Batch | None:
         """The next page."""
         limits = self._options.batch
+        # Letters that are delivered again take turns with the stream, a batch each.
+        share = min(self._share, 1.0) if self._letters.replaying else self._share
         self.meter.lives(PATIENCE)
         try:
             batch = self._backfills.next_batch(
                 acked,
-                events=max(1, int(limits.events * self._share)),
-                bytes_=max(1, int(limits.bytes * min(1.0, self._share))),
-                roomy=self._share >= 1.0,
+                events=max(1, int(limits.events * share)),
+                bytes_=max(1, int(limits.bytes * min(1.0, share))),
+                roomy=share >= 1.0,
             )
         except DatabaseUnreachable:
             self._share = max(min(1.0, self._share) / 4, SMALLEST_SHARE)

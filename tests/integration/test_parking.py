@@ -262,7 +262,7 @@ def test_a_replay_delivers_in_order_under_the_old_ids_and_frees_the_key(
     ask(installed, dead_letters.want)
     wait_for(lambda: no_letters(items))
     assert [(event.id,) for event in parked.sink.delivered] == rows
-    assert parked.told == parked.sink.delivered
+    wait_for(lambda: parked.told == parked.sink.delivered)
     update(items, 1, "free")
     wait_for(lambda: texts(parked.sink.delivered)[-1] == "free")
     assert no_letters(items)
