@@ -49,7 +49,7 @@ QUIET_TARGET = 0.05
 """The same while nothing changes: a chunk costs 3 ms whatever its size."""
 QUIET_AFTER = 1.0
 """Seconds without a change until that is believed."""
-SMALLEST = 100
+SMALLEST = 50
 """Rows of a chunk at least, where the backfill's own limit allows."""
 PAGE = 5000
 """Events of a page at most while rows are to be told of. They come with the last page of a window only, and a sink that
