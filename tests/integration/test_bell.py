@@ -479,6 +479,7 @@ def test_random_writers_around_arming_and_disarming_never_wait_for_the_safety_po
         monkeypatch.setattr(module, "SETTLE", 0.005)
         monkeypatch.setattr(module, "SHORTEST_POLL", 0.0003)
     house = House(installed)
+    assert isinstance(house.bell, CountingBell)
     house.listen()
     sinks = [house.serve("one", batch=BatchOptions(events=2)), house.serve("two", batch=BatchOptions(events=3))]
     committed: dict[int, float] = {}
@@ -488,7 +489,10 @@ def test_random_writers_around_arming_and_disarming_never_wait_for_the_safety_po
         chance = random.Random(seed * 10 + number)
         try:
             conn = psycopg2.connect(installed)
-            for id_ in range(number * 1000, number * 1000 + 80):
+            for id_ in range(number * 1000, number * 1000 + 800):
+                # On a busy machine it takes longer until there was quiet often enough.
+                if id_ >= number * 1000 + 80 and house.bell.arms > 3:
+                    break
                 insert(conn, id_)
                 spin(chance.choice([0, 0, 0.002, 0.01]) * chance.random())
                 if chance.random() < 0.2:
@@ -517,9 +521,8 @@ def test_random_writers_around_arming_and_disarming_never_wait_for_the_safety_po
         assert set(sink.at) == set(committed)
         assert len(sink.events) == len(committed)
         assert max(sink.at[id_] - at for id_, at in committed.items()) < SOON
-    assert isinstance(house.bell, CountingBell)
-    assert house.bell.arms > 0
-    assert house.bell.disarms > 0
+    assert house.bell.arms > 2
+    assert house.bell.disarms > 2
 
 
 def test_a_ring_that_comes_along_with_the_answer_to_a_query_is_heard(
