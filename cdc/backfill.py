@@ -196,7 +196,6 @@ class Backfills:
                 return self.complete(batch)
             if task is None or not due:
                 return None
-            acked = None
         events = max(events, PAGE) if roomy else events
         done = self._handed if acked is not None else None
         self._read_at = time.monotonic()
