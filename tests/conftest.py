@@ -8,6 +8,7 @@ server, and a superuser there; the tests create databases and drop them again.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,15 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
             yield Server(embedded.dsn(), _version(embedded.dsn()), embedded)
     finally:
         shutil.rmtree(directory)
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> Iterator[None]:
+    """The commands point the package's log at a stream that is gone after them."""
+    logger = logging.getLogger("cdc")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -14,8 +13,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from harness import Project, until
-from pages import TOKEN, free_port, get
+from pages import TOKEN, get
 from psycopg2.extensions import connection, make_dsn
+from service import free_port
 from sql import fetch
 
 from cdc.cli import main
@@ -42,15 +42,6 @@ PAGES = (
 def clean(text: str, where: str) -> None:
     for secret in SECRETS:
         assert secret not in text, f"{secret!r} in {where}: …{text[max(0, text.index(secret) - 200) :][:400]}"
-
-
-@pytest.fixture(autouse=True)
-def quiet_log() -> Iterator[None]:
-    """The commands point the package's log at a stream that is gone after them."""
-    logger = logging.getLogger("cdc")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

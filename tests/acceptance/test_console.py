@@ -14,11 +14,12 @@ from pathlib import Path
 import chromium
 import pytest
 from harness import Project, read_lines, until
-from pages import TOKEN, free_port
+from pages import TOKEN
 from psycopg2 import sql
 from psycopg2.extensions import connection
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
+from service import free_port
 from sql import fetch
 
 Connect = Callable[..., connection]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from harness import Project, until
-from pages import TOKEN, free_port, get, metrics
+from pages import TOKEN, get, metrics
 from psycopg2.extensions import connection
+from service import free_port
 from sql import fetch
 
 Connect = Callable[..., connection]

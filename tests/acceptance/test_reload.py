@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import Daemon, Project, read_lines, until
-from pages import TOKEN, free_port, get, metrics
+from pages import TOKEN, get, metrics
 from psycopg2.extensions import connection
+from service import free_port
 from sql import fetch
 
 from cdc.event import Event

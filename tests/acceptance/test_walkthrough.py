@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pages import free_port
+from service import free_port
 
 ROOT = Path(__file__).parents[2]
 INSTALL = "'table-cdc[http,filter]'"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -63,15 +62,6 @@ class Shop:
         result = self.run("check")
         assert result.exit_code == expected_exit, result.output
         return result.stdout.splitlines()
-
-
-@pytest.fixture(autouse=True)
-def quiet_log() -> Iterator[None]:
-    """The commands point the package's log at a stream that is gone after them."""
-    logger = logging.getLogger("cdc")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

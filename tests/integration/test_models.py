@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import logging
 import subprocess
 import sys
 import uuid
@@ -47,15 +46,6 @@ Connect = Callable[..., connection]
 
 WRONG = [{"no": [1]}]
 """No value of any column, save one of type json."""
-
-
-@pytest.fixture(autouse=True)
-def quiet_log() -> Iterator[None]:
-    """The commands point the package's log at a stream that is gone after them."""
-    logger = logging.getLogger("cdc")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 class Written:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,15 +32,6 @@ Connect = Callable[..., connection]
 Prepare = Callable[..., Run]
 
 NOTICED = HEARTBEAT + 1.0
-
-
-@pytest.fixture(autouse=True)
-def quiet_log() -> Iterator[None]:
-    """The commands point the package's log at a stream that is gone after them."""
-    logger = logging.getLogger("cdc")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
@@ -380,6 +370,7 @@ def test_a_sink_that_takes_one_a_second_costs_the_others_nothing(items: connecti
     quick.start()
     wait_for(lambda: caught_up(items, "quick"), 60)
     took = time.monotonic() - began
+    wait_for(lambda: slow.sink.attempts)  # nobody rings: it may still have been asleep
     assert len(quick.sink.delivered) == 20000
     assert len(slow.sink.taken) <= took + 2
     assert status(items, "slow")[0] == "running"

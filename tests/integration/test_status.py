@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import time
@@ -81,15 +80,6 @@ class Shop:
         """The line of sink audit, cell by cell."""
         [line] = [line for line in self.text().splitlines() if line.startswith("shop ")]
         return [cell.strip() for cell in line.split("  ") if cell.strip()]
-
-
-@pytest.fixture(autouse=True)
-def quiet_log() -> Iterator[None]:
-    """The commands point the package's log at a stream that is gone after them."""
-    logger = logging.getLogger("cdc")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

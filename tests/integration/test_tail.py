@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import subprocess
 import threading
@@ -24,15 +23,6 @@ from cdc.event import Event
 from cdc.tail import SMALL, Tail
 
 Connect = Callable[..., connection]
-
-
-@pytest.fixture(autouse=True)
-def quiet_log() -> Iterator[None]:
-    """The commands point the package's log at a stream that is gone after them."""
-    logger = logging.getLogger("cdc")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
