@@ -89,7 +89,9 @@ def test_a_busy_sink_is_paused_between_two_batches_and_what_it_had_is_acknowledg
     items: connection, prepare: Prepare, sinks: Callable[..., Result], connect: Connect, installed: str
 ) -> None:
     fetch(items, "insert into item select n, '' from generate_series(1, 5000) n")
-    run = prepare(batch=BatchOptions(events=1)).start()
+    run = prepare(batch=BatchOptions(events=1))
+    run.sink.script = lambda batch: time.sleep(0.002)
+    run.start()
     wait_for(lambda: len(run.sink.delivered) > 10)
     sinks("pause", "audit")
     wait_for(lambda: status(items)[0] == "paused", NOTICED)
