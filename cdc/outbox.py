@@ -122,18 +122,23 @@ class Skipping:
 class Outbox:
     """One sink's place in the book of one database. Belongs to the thread of its connection."""
 
-    def __init__(self, connection: Connection, *, database: str, sink: str, owner: Owner) -> None:
+    def __init__(
+        self, connection: Connection, *, database: str, sink: str, owner: Owner, stores_windows: bool = True
+    ) -> None:
         """
         Args:
             connection: an open session; this object does not close it.
             database: the database's name in the configuration.
             sink: the sink's name in the configuration.
             owner: who serves the sink.
+            stores_windows: whether each window is stored before its rows are used, so that a session to come reads the
+                same one again. Otherwise that is left out where it takes a commit of its own; see ``cdc.next_batch``.
         """
         self._connection = connection
         self._database = database
         self._sink = sink
         self._owner = owner
+        self._stores_windows = stores_windows
         self.epoch: int | None = None
         """The number of our claim."""
         self._tables: dict[int, CapturedTable] = {}
@@ -192,6 +197,7 @@ class Outbox:
             "acked": acked,
             "events": events,
             "bytes": bytes_,
+            "stored": self._stores_windows,
         }
         try:
             rows = self._page("next_batch", parameters)

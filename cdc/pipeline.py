@@ -178,7 +178,13 @@ class Pipeline(threading.Thread):
         """Serve the sink over one connection, until stopped or disabled; raises what ends the connection's use."""
         with Connection(self._dsn, purpose=self.sink) as connection:
             join_process(connection, self._owner.process)
-            outbox = Outbox(connection, database=self.database, sink=self.sink, owner=self._owner)
+            outbox = Outbox(
+                connection,
+                database=self.database,
+                sink=self.sink,
+                owner=self._owner,
+                stores_windows=self._sink.keeps_position,
+            )
             while (claim := outbox.claim(start=self._options.start)) is None:
                 self.state = "waiting"
                 self.meter.lives(STANDBY_INTERVAL)

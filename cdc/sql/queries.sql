@@ -48,7 +48,7 @@ select paused, requests from cdc.sink where name = %(sink)s and epoch = %(epoch)
 
 -- name: next_batch
 -- Acknowledge, and read on. The rows may be used once this has committed.
-select * from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
+select * from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s, %(stored)s);
 
 -- name: next_batch_in_bytes
 -- The same where an image holds bytes that are no characters: as bytes, which nobody converts. (A backslash is what a
@@ -56,7 +56,7 @@ select * from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes
 select seq, txid, captured_at, captured_table, op,
        replace(old_row, E'\\', E'\\\\')::bytea, replace(new_row, E'\\', E'\\\\')::bytea,
        replace(context, E'\\', E'\\\\')::bytea
-  from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s);
+  from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s, %(stored)s);
 
 -- name: window
 -- Which window is being read, by a name that no other window has, and up to where it is acknowledged: from where
@@ -75,10 +75,20 @@ select case when f.snap_hi is not null
  where f.epoch = %(epoch)s;
 
 -- name: acknowledge
--- Acknowledge without reading on: the last word of a pipeline that stops. No row: another daemon serves the sink.
-update cdc.position set last_seq = greatest(last_seq, %(acked)s), delivered_at = clock_timestamp()
- where sink = %(sink)s and epoch = %(epoch)s and snap_hi is not null
-returning sink;
+-- Acknowledge without reading on: the last word of a pipeline that stops. The window that cdc.next_batch has read and not
+-- stored is stored now. No row: another daemon serves the sink.
+with read as materialized (
+  select w[1] as epoch, w[2] as snap_lo, w[3]::pg_snapshot as snap_hi, w[4]::bigint as final_seq
+    from string_to_array(current_setting('cdc.window', true), '/') as w
+)
+update cdc.position p
+   set snap_hi = coalesce(p.snap_hi, r.snap_hi),
+       final_seq = case when p.snap_hi is null then r.final_seq else p.final_seq end,
+       last_seq = greatest(p.last_seq, %(acked)s), delivered_at = clock_timestamp()
+  from read r
+ where p.sink = %(sink)s and p.epoch = %(epoch)s
+   and (p.snap_hi is not null or r.epoch = p.epoch::text and r.snap_lo = p.snap_lo::text)
+returning p.sink;
 
 -- name: backfill_batch
 -- Acknowledge, read on, and read a chunk of a table under the same snapshot: to be run repeatable read. The rows may be used

@@ -177,7 +177,7 @@ $$;
 -- ---------------------------------------------------------------------------------------------------------------
 -- The reader.
 
--- cdc.next_batch(sink, epoch, acked, events, bytes): the reader's one round trip. Acknowledges what the last call
+-- cdc.next_batch(sink, epoch, acked, events, bytes, stored): the reader's one round trip. Acknowledges what the last call
 -- handed out up to seq `acked` (null: nothing new), opens a window when none is open, returns its next page.
 --
 -- The window between snapshots A and B is what B shows and A did not: the transactions from xmax(A) up to xmax(B)
@@ -189,12 +189,19 @@ $$;
 -- makes durable whatever B shows, so that no event outlives a change lost in a crash (synchronous_commit = off).
 -- When there is nothing to say it writes nothing.
 --
+-- Unless `stored` asks for it, neither does it when all there is to say is that a window of one page begins, and all that
+-- B shows is on disk already: a reader that was asleep need not wait for a commit. The window is then kept in the setting
+-- cdc.window of the session, with the position it follows on. Stored or not, its rows come again if the session is lost
+-- before they are acknowledged; not stored, they come with what has been committed meanwhile.
+--
 -- Where the position's row stands is kept in the setting cdc.position_at of the session, which a rollback sets back with
 -- everything else. Should the row have moved, it is looked up by its sink.
 --
 -- Returns: rows by ascending seq, at most `events`, ending with the one that passes `bytes` bytes of images.
 -- Raises:  CDC01 when the epoch is not the current one.    Writes: one row of cdc.position.
-create or replace function cdc.next_batch(p_sink text, p_epoch bigint, p_acked bigint, p_events integer, p_bytes bigint)
+drop function cdc.next_batch(text, bigint, bigint, integer, bigint);
+create function cdc.next_batch(p_sink text, p_epoch bigint, p_acked bigint, p_events integer, p_bytes bigint,
+                               p_stored boolean default true)
 returns table (seq bigint, txid xid8, captured_at text, captured_table integer, op "char",
                old_row text, new_row text, context text)
 language plpgsql
@@ -211,6 +218,7 @@ declare
   -- A window of more events than this is paged along seq; a smaller one is found by txid and sorted for each page.
   small constant integer := 5000;
   s record; -- the position, and under `at` where its row stands
+  read text[]; -- the window that was read and not stored: epoch, snap_lo, snap_hi, final_seq
   now_snap pg_snapshot;
   ended xid8[]; -- in progress in snap_lo, ended in snap_hi
   range_count bigint;
@@ -218,7 +226,9 @@ declare
   list_seq bigint;
   handed integer := 0;
   size bigint := 0;
-  moved boolean := false;
+  opened boolean := false; -- the window in hand is not in the table yet
+  on_disk boolean; -- and need not be: all that it shows survives a crash
+  moved boolean := false; -- anything else is not
 begin
   perform set_config('synchronous_commit', 'on', true);
   select p.ctid as at, p.* into s from cdc.position p
@@ -228,6 +238,15 @@ begin
   end if;
   if s.epoch is distinct from p_epoch then
     raise exception 'sink % is served by another daemon', p_sink using errcode = 'CDC01';
+  end if;
+  if s.snap_hi is null then
+    read := string_to_array(current_setting('cdc.window', true), '/');
+    if read[1] = p_epoch::text and read[2] = s.snap_lo::text then
+      s.snap_hi := read[3]::pg_snapshot;
+      s.final_seq := read[4]::bigint;
+      opened := true;
+      on_disk := true;
+    end if;
   end if;
   if s.snap_hi is not null and p_acked > s.last_seq then
     s.last_seq := p_acked;
@@ -242,11 +261,15 @@ begin
       s.last_seq := 0;
       s.range_seq := null;
       s.final_seq := null;
+      opened := false;
       moved := true;
     end if;
 
     if s.snap_hi is null then
       now_snap := pg_current_snapshot();
+      -- With a standby that commits wait for, on disk here is not enough.
+      on_disk := not p_stored and current_setting('synchronous_standby_names') = ''
+                 and pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn();
       ended := array(select x from pg_snapshot_xip(s.snap_lo) as x where pg_visible_in_snapshot(x, now_snap));
       select count(*), min(w.seq) into range_count, s.range_seq
         from (select e.seq from cdc.event e
@@ -271,7 +294,7 @@ begin
       s.last_seq := least(s.range_seq, list_seq) - 1;
       s.range_seq := case when list_count > small then s.last_seq + 1
                           when range_count > small then s.range_seq end;
-      moved := true;
+      opened := true;
     else
       ended := array(select x from pg_snapshot_xip(s.snap_lo) as x where pg_visible_in_snapshot(x, s.snap_hi));
     end if;
@@ -323,12 +346,14 @@ begin
     if handed < p_events and size < p_bytes then
       -- The window ends with this page, or has ended before it.
       s.final_seq := case when handed > 0 then seq else s.last_seq end;
-      moved := true;
+      moved := moved or not opened;
     end if;
     exit when handed > 0;
   end loop;
 
-  if moved then
+  if opened and not moved and on_disk and s.final_seq is not null then
+    perform set_config('cdc.window', concat_ws('/', p_epoch, s.snap_lo, s.snap_hi, s.final_seq), false);
+  elsif opened or moved then
     update cdc.position p
        set snap_lo = s.snap_lo, snap_hi = s.snap_hi, last_seq = s.last_seq, range_seq = s.range_seq,
            final_seq = s.final_seq, delivered_at = s.delivered_at
@@ -341,3 +366,5 @@ begin
   end if;
 end
 $$;
+revoke all on function cdc.next_batch(text, bigint, bigint, integer, bigint, boolean) from public;
+grant execute on function cdc.next_batch(text, bigint, bigint, integer, bigint, boolean) to cdc_reader;

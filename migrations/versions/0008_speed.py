@@ -28,6 +28,8 @@ def downgrade() -> None:
         )
         if found is not None:  # the files are frozen: it is there
             _run(f"create or replace {found[1]}")
+    _run("revoke all on function cdc.next_batch(text, bigint, bigint, integer, bigint) from public")
+    _run("grant execute on function cdc.next_batch(text, bigint, bigint, integer, bigint) to cdc_reader")
 
 
 def _read(script: str) -> str:

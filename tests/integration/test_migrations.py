@@ -438,6 +438,7 @@ PARAMETERS = {
     "moment": "2026-11-22T08:00:00Z",
     "rate": 1000,
     "rows": 1000,
+    "stored": False,
     "states": ["running"],
     "always": False,
     "before": None,

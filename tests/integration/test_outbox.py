@@ -40,9 +40,10 @@ def value(conn: connection, statement: str, parameters: object = None) -> Any:
 class Reader:
     """One life of a sink's owner: a session and a claim."""
 
-    def __init__(self, dsn: str, sink: str = "audit", start: str = "earliest") -> None:
+    def __init__(self, dsn: str, sink: str = "audit", start: str = "earliest", *, stores_windows: bool = True) -> None:
         self.connection = Connection(dsn, purpose=sink)
-        self.outbox = Outbox(self.connection, database="shop", sink=sink, owner=Owner("test", 1))
+        owner = Owner("test", 1)
+        self.outbox = Outbox(self.connection, database="shop", sink=sink, owner=owner, stores_windows=stores_windows)
         assert self.outbox.claim(start=start)
 
     def page(self, acked: int | None = None, *, events: int = 100_000, bytes_: int = PLENTY) -> list[Event]:
@@ -50,8 +51,12 @@ class Reader:
 
     def everything(self, *, events: int = 100_000) -> list[Event]:
         """All there is, acknowledged page by page."""
+        return self.everything_after([], events=events)
+
+    def everything_after(self, page: list[Event], *, events: int = 100_000) -> list[Event]:
+        """The same, with a page in hand."""
         got: list[Event] = []
-        acked: int | None = None
+        acked = page[-1].source.seq if page else None
         while page := self.page(acked, events=events):
             got += page
             acked = page[-1].source.seq
@@ -89,13 +94,13 @@ def session(installed: str, connect: Connect) -> Callable[[], connection]:
     return lambda: connect(installed, autocommit=False)
 
 
-@pytest.fixture
-def read(installed: str) -> Iterator[Callable[..., Reader]]:
-    """``read(sink="audit", start="earliest")`` claims a sink."""
+@pytest.fixture(params=["stored", "not stored"])
+def read(installed: str, request: pytest.FixtureRequest) -> Iterator[Callable[..., Reader]]:
+    """``read(sink="audit", start="earliest")`` claims a sink; its windows are stored before use, or not."""
     readers: list[Reader] = []
 
     def claim(sink: str = "audit", start: str = "earliest") -> Reader:
-        readers.append(Reader(installed, sink, start))
+        readers.append(Reader(installed, sink, start, stores_windows=request.param == "stored"))
         return readers[-1]
 
     yield claim
@@ -211,6 +216,90 @@ def test_what_is_not_acknowledged_comes_again(shop: connection, read: Callable[.
     first = reader.page(events=3)
     assert reader.page(events=3) == first
     assert ids(reader.page(first[0].source.seq, events=3)) == [2, 3, 4]
+
+
+@pytest.fixture
+def unstored(installed: str, shop: connection) -> Iterator[Callable[..., tuple[Reader, list[Event]]]]:
+    """``unstored(5)`` inserts rows 1 to 5 and reads them: a reader, and a page whose window is not stored."""
+    readers: list[Reader] = []
+
+    def begin(rows: int) -> tuple[Reader, list[Event]]:
+        reader = Reader(installed, stores_windows=False)
+        readers.append(reader)
+        for _ in range(10):  # somebody else, such as a checkpoint, may just have written something not on disk yet
+            fetch(shop, "insert into item select i, 0 from generate_series(1, %s) i", (rows,))
+            page = reader.page()
+            assert ids(page) == list(range(1, rows + 1))
+            if value(shop, "select snap_hi is null from cdc.position"):
+                return reader, page
+            fetch(shop, "delete from item")
+            reader.everything_after(page)
+        raise AssertionError("every window is stored")
+
+    yield begin
+    for reader in readers:
+        reader.connection.close()
+
+
+def test_a_window_that_is_on_disk_is_not_stored_before_it_is_acknowledged(
+    shop: connection, unstored: Callable[..., tuple[Reader, list[Event]]]
+) -> None:
+    reader, page = unstored(5)
+    position = "select ctid, p.* from cdc.position p"
+    before = fetch(shop, position)
+    assert reader.page() == page
+    assert fetch(shop, position) == before
+    assert reader.page(page[1].source.seq) == page[2:]
+    assert fetch(shop, "select snap_hi is not null, last_seq, final_seq from cdc.position") == [
+        (True, page[1].source.seq, page[4].source.seq)
+    ]
+    assert reader.page(page[4].source.seq) == []
+    assert fetch(shop, "select snap_hi, last_seq from cdc.position") == [(None, 0)]
+    assert reader.page() == []
+    fetch(shop, "insert into item values (6, 0)")
+    assert ids(reader.page()) == [6]
+
+
+@pytest.mark.parametrize("acknowledged", [2, 5])
+def test_a_window_that_is_not_stored_is_acknowledged_by_a_last_word_too(
+    shop: connection, unstored: Callable[..., tuple[Reader, list[Event]]], acknowledged: int
+) -> None:
+    reader, page = unstored(5)
+    reader.outbox.acknowledge(page[acknowledged - 1].source.seq)
+    fetch(shop, "insert into item values (6, 0)")
+    kill(shop, reader)
+    again = Reader(shop.dsn, stores_windows=False)
+    assert ids(again.everything()) == list(range(acknowledged + 1, 7))
+    again.connection.close()
+
+
+def test_a_window_that_is_not_stored_comes_again_with_what_has_come_meanwhile(
+    shop: connection, session: Callable[[], connection], unstored: Callable[..., tuple[Reader, list[Event]]]
+) -> None:
+    late = session()
+    fetch(late, "insert into item values (0, 0)")
+    reader, _ = unstored(3)
+    late.commit()
+    fetch(shop, "update item set v = 1 where id = 2")
+    kill(shop, reader)
+    again = Reader(shop.dsn, stores_windows=False)
+    assert [(event.key or {})["id"] for event in again.everything()] == [0, 1, 2, 3, 2]
+    again.connection.close()
+
+
+def test_a_window_that_is_not_on_disk_yet_is_stored(shop: connection, installed: str) -> None:
+    reader = Reader(installed, stores_windows=False)
+    fetch(shop, "set synchronous_commit = off")
+    for id_ in range(1, 11):  # the WAL writer may be faster, once
+        fetch(shop, "insert into item values (%s, 0)", (id_,))
+        page = reader.page()
+        assert ids(page) == [id_]
+        if value(shop, "select snap_hi is not null from cdc.position"):
+            break
+        reader.page(page[-1].source.seq)
+    else:
+        raise AssertionError("no window is stored")
+    reader.connection.close()
 
 
 def test_an_older_acknowledgement_takes_nothing_back(shop: connection, read: Callable[..., Reader]) -> None:
