@@ -57,7 +57,9 @@ class Template:
         """
         self._text = text
         self._quote = quote
-        self._is_route = all(name in ROUTE for name in _PLACEHOLDER.findall(text))
+        placeholders = _PLACEHOLDER.findall(text)
+        self._is_fixed = not placeholders
+        self._is_route = all(name in ROUTE for name in placeholders)
         self._by_route = lru_cache(maxsize=_CACHED)(self._of_route)
 
     def fill(self, event: Event) -> str:
@@ -66,6 +68,8 @@ class Template:
         Raises:
             PermanentFailure: the event has no such key column.
         """
+        if self._is_fixed:
+            return self._text
         if self._is_route:
             return self._by_route(event.route)
         return self._put_in(lambda name: _value(event, name))

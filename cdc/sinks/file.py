@@ -87,7 +87,7 @@ class FileSink(Sink[FileOptions]):
             by_path.setdefault(self._path.fill(event), []).append(index)
         failures: dict[int, TransientFailure | PermanentFailure] = {}
         for path, indexes in by_path.items():
-            lines = "".join(self.encoder.encode(batch[index]) + "\n" for index in indexes)
+            lines = "".join([self.encoder.encode(batch[index]) + "\n" for index in indexes])
             try:
                 # A lone surrogate inside a json column is legal JSON only as an escape, so this cannot fail on one.
                 self._file(path).append(lines.encode())
