@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cdc.connection import Connection
 from cdc.decoding import CapturedTable, Decoder, Unreadable
-from cdc.errors import CdcError, Fenced, TooSlow, Undecodable
+from cdc.errors import CdcError, DatabaseError, DatabaseUnreachable, Fenced, TooSlow, Undecodable
 from cdc.event import Event
 from cdc.sql import QUERIES
 
@@ -316,6 +316,21 @@ def join_process(connection: Connection, process: int) -> None:
         DatabaseError: see :meth:`cdc.connection.Connection.query`.
     """
     connection.query(QUERIES["join_process"], {"process": process})
+
+
+def tells_what_is_on_disk(connection: Connection) -> bool:
+    """Whether the server says how far its log is on disk; not everybody who offers PostgreSQL lets everybody ask.
+
+    Raises:
+        DatabaseUnreachable: see :meth:`cdc.connection.Connection.query`.
+    """
+    try:
+        connection.query(QUERIES["tells_what_is_on_disk"])
+    except DatabaseUnreachable:
+        raise
+    except DatabaseError:
+        return False
+    return True
 
 
 def beat(connection: Connection) -> float:

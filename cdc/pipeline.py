@@ -183,7 +183,7 @@ class Pipeline(threading.Thread):
                 database=self.database,
                 sink=self.sink,
                 owner=self._owner,
-                stores_windows=self._sink.keeps_position,
+                stores_windows=self._sink.keeps_position or not book.tells_what_is_on_disk(connection),
             )
             while (claim := outbox.claim(start=self._options.start)) is None:
                 self.state = "waiting"

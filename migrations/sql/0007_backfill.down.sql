@@ -2,6 +2,7 @@
 -- revision's script. A sink that was delivering the events of some tables again delivers those of all.
 drop function cdc.backfill_batch(text, bigint, bigint, integer, bigint, integer, bigint, integer);
 drop function cdc.scans(oid, cdc.key_column[], text[], text[]);
+drop function cdc.after_row(cdc.key_column[], text[]);
 drop function cdc.check_condition(oid, text);
 drop function cdc.backfill_obstacle(oid);
 drop function cdc.capture_of(oid);

@@ -286,6 +286,19 @@ begin
 end
 $$;
 
+-- cdc.after_row(key, row): SQL that says "after this row", `new` being the one that is asked about, in pieces one of which
+-- holds: equal up to a column, and greater there. The last column first, so that they come in the order of the key.
+create function cdc.after_row(p_key cdc.key_column[], p_row text[]) returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+  with k as (select * from unnest(p_key) with ordinality as w (name, type, equal, greater, n))
+  select (select string_agg(format('new.%I %s %L::%s', o.name, case when o.n = k.n then o.greater else o.equal end,
+                                   p_row[o.n], o.type), ' and ' order by o.n)
+            from k o where o.n <= k.n)
+    from k order by k.n desc
+$$;
+
 -- cdc.scans(relation, key, cursor, last row): the queries that lead from a row to all that come after it, in order: what
 -- tells a row's place, whether it comes after the last one that counts, the table or partition, and the rest of the query,
 -- where `new` is a row.
@@ -310,25 +323,14 @@ begin
   beyond := 'false';
   if place is not null then
     if p_last is not null then -- compared with the column, whose collation it is
-      with k as (select * from unnest(p_key) with ordinality as w (name, type, equal, greater, n))
-      select string_agg('(' || (
-               select string_agg(format('new.%I %s %L::%s', o.name, case when o.n = k.n then o.greater else o.equal end,
-                                        p_last[o.n], o.type), ' and ' order by o.n)
-                 from k o where o.n <= k.n) || ')', ' or ')
-        into beyond from k;
+      select string_agg('(' || a || ')', ' or ') into beyond from cdc.after_row(p_key, p_last) a;
     end if;
     if p_cursor is null then
       rest := ordered;
       return next;
       return;
     end if;
-    for rest in
-      with k as (select * from unnest(p_key) with ordinality as w (name, type, equal, greater, n))
-      select 'where ' || (
-               select string_agg(format('new.%I %s %L::%s', o.name, case when o.n = k.n then o.greater else o.equal end,
-                                        p_cursor[o.n], o.type), ' and ' order by o.n)
-                 from k o where o.n <= k.n) || ordered
-        from k order by k.n desc
+    for rest in select 'where ' || a || ordered from cdc.after_row(p_key, p_cursor) a
     loop
       return next;
     end loop;
@@ -728,7 +730,8 @@ grant select, insert, delete on cdc.moment to cdc_reader;
 revoke all on function
   cdc.note_moment(), cdc.passes(anyelement, text), cdc.captured_image(anyelement, integer, text, text[]),
   cdc.paging(oid, integer), cdc.capture_of(oid), cdc.backfill_obstacle(oid), cdc.check_condition(oid, text),
-  cdc.scans(oid, cdc.key_column[], text[], text[]), cdc.rewind(text, pg_snapshot, text[]),
+  cdc.after_row(cdc.key_column[], text[]), cdc.scans(oid, cdc.key_column[], text[], text[]),
+  cdc.rewind(text, pg_snapshot, text[]),
   cdc.backfill_batch(text, bigint, bigint, integer, bigint, integer, bigint, integer)
   from public;
 grant execute on function

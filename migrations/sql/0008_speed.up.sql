@@ -245,7 +245,7 @@ begin
       s.snap_hi := read[3]::pg_snapshot;
       s.final_seq := read[4]::bigint;
       opened := true;
-      on_disk := true;
+      on_disk := not p_stored;
     end if;
   end if;
   if s.snap_hi is not null and p_acked > s.last_seq then
@@ -267,9 +267,12 @@ begin
 
     if s.snap_hi is null then
       now_snap := pg_current_snapshot();
-      -- With a standby that commits wait for, on disk here is not enough.
-      on_disk := not p_stored and current_setting('synchronous_standby_names') = ''
-                 and pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn();
+      on_disk := false;
+      if not p_stored then
+        -- With a standby that commits wait for, on disk here is not enough.
+        on_disk := current_setting('synchronous_standby_names') = ''
+                   and pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn();
+      end if;
       ended := array(select x from pg_snapshot_xip(s.snap_lo) as x where pg_visible_in_snapshot(x, now_snap));
       select count(*), min(w.seq) into range_count, s.range_seq
         from (select e.seq from cdc.event e

@@ -131,6 +131,14 @@ def test_they_migrate_check_deliver_and_change(shop: Shop) -> None:
     assert shop.project.status()["databases"]["shop"]["drift"] == 0
 
 
+def test_where_nobody_may_ask_how_far_the_log_is_on_disk_everything_is_delivered_all_the_same(shop: Shop) -> None:
+    shop.migrate()
+    fetch(shop.admin, "revoke execute on function pg_current_wal_flush_lsn() from public")
+    fetch(shop.clerk, "insert into sales.orders values (1, 'new', '4111')")
+    shop.project.cdc("run", "--until-idle")
+    assert len(shop.delivered("orders")) == 1
+
+
 @pytest.mark.parametrize(
     "tables",
     [
