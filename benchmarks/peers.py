@@ -179,18 +179,17 @@ def capture(bench: Bench, rival: Rival) -> None:
     for clients in bench.clients:
         with bench.place(rival) as place:
             with rival.consuming(place) as consumer:
-                cpu = consumer.cpu()
+                cpu, server = consumer.cpu(), place.server.cpu()
                 tps, number = bench.pgbench(place, clients)
                 ended = time.monotonic()
                 behind = 0.0
                 if not isinstance(rival, Untriggered):
                     behind = max(0.0, _consumed(rival, place, number) - ended)
-                cpu = consumer.cpu() - cpu
+                cpu, server = consumer.cpu() - cpu, place.server.cpu() - server
             if not isinstance(rival, Untriggered):
                 _exactly(rival, place, insert=0, update=number)
-            bench.results.add(
-                "capture", rival.name, clients=clients, tps=tps, behind_s=behind, consumer_cpu_us=cpu / number * 1e6
-            )
+            each = {"consumer_cpu_us": cpu / number * 1e6, "server_cpu_us": server / number * 1e6}
+            bench.results.add("capture", rival.name, clients=clients, tps=tps, behind_s=behind, **each)
 
 
 def latency(bench: Bench, rival: Rival) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import psycopg2
 from psycopg2.extensions import connection, make_dsn
 
@@ -99,6 +101,17 @@ class Server:
             for statement in statements:
                 cursor.execute(statement)
         session.close()
+
+    def cpu(self) -> float:
+        """Seconds of CPU all its processes have used, those that have ended included."""
+        postmaster = psutil.Process(self._process.pid)
+        own = postmaster.cpu_times()
+        used = own.user + own.system + own.children_user + own.children_system
+        for process in postmaster.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                used += times.user + times.system
+        return used
 
     def version(self) -> str:
         command = [str(self.binaries / "postgres"), "--version"]
