@@ -119,7 +119,8 @@ def test_under_churn_the_outbox_stays_as_small_as_its_retention_allows(
     )
     assert churn.changes > 50 * seconds, "hardly any churn"
     assert truncated >= seconds / retention / 8
-    assert late < early * 1.5 + 2**20, "it grows"
+    if seconds > 60:  # in a quarter of a minute the size follows what else the machine does
+        assert late < early * 1.5 + 2**20, "it grows"
     assert late < allowed + 2**20, f"{late} bytes on disk, {allowed:.0f} would do"
     assert memory < MOST_MEMORY
 

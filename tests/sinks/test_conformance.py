@@ -397,7 +397,8 @@ def test_a_daemon_that_is_killed_loses_nothing_and_keeps_the_order(
             until(lambda: len(arrivals.all()) > seen, "more arrives", SECONDS)
         made.cdc("run", "--until-idle")
         duplicates = judge(source, arrivals)
-        assert duplicates <= 4 * batch
+        # Of a backlog pages of one, two and four batches are read, and what was delivered of one comes again.
+        assert duplicates <= (0 + 1 + 2 + 4) * batch
 
 
 def test_what_comes_again_has_its_old_id(
