@@ -50,10 +50,6 @@ select paused, requests from cdc.sink where name = %(sink)s and epoch = %(epoch)
 -- Acknowledge, and read on. The rows may be used once this has committed.
 select * from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s, %(stored)s);
 
--- name: tells_what_is_on_disk
--- What cdc.next_batch asks before it leaves a window unstored.
-select pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn();
-
 -- name: next_batch_in_bytes
 -- The same where an image holds bytes that are no characters: as bytes, which nobody converts. (A backslash is what a
 -- cast to bytea would take for more than itself.)
@@ -61,6 +57,10 @@ select seq, txid, captured_at, captured_table, op,
        replace(old_row, E'\\', E'\\\\')::bytea, replace(new_row, E'\\', E'\\\\')::bytea,
        replace(context, E'\\', E'\\\\')::bytea
   from cdc.next_batch(%(sink)s, %(epoch)s, %(acked)s, %(events)s, %(bytes)s, %(stored)s);
+
+-- name: tells_what_is_on_disk
+-- What cdc.next_batch asks before it leaves a window unstored.
+select pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn();
 
 -- name: window
 -- Which window is being read, by a name that no other window has, and up to where it is acknowledged: from where

@@ -96,11 +96,13 @@ def test_under_churn_the_outbox_stays_as_small_as_its_retention_allows(
     project.write()
     look = connect(project.dsn)
     sizes: list[int] = []
+    changes: list[int] = []
     began = time.monotonic()
     with project.daemon() as daemon, Churn(project.dsn, 4) as churn:
         while (passed := time.monotonic() - began) < seconds:
             if passed >= len(sizes) * seconds / 32:
                 sizes.append(outbox_bytes(look))
+                changes.append(churn.changes)
             daemon.lives_for(0.1)
         rate = churn.changes / passed
         memory = daemon.peak_rss()
@@ -119,8 +121,9 @@ def test_under_churn_the_outbox_stays_as_small_as_its_retention_allows(
     )
     assert churn.changes > 50 * seconds, "hardly any churn"
     assert truncated >= seconds / retention / 8
-    if seconds > 60:  # in a quarter of a minute the size follows what else the machine does
-        assert late < early * 1.5 + 2**20, "it grows"
+    # Where the writers got faster meanwhile, because others left the machine, there is as much more to keep.
+    faster = max(1.0, (changes[-1] - changes[15]) / (changes[15] - changes[0]))
+    assert late < early * faster * 1.5 + 2**20, "it grows"
     assert late < allowed + 2**20, f"{late} bytes on disk, {allowed:.0f} would do"
     assert memory < MOST_MEMORY
 
