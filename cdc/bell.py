@@ -38,7 +38,7 @@ another daemon's listener is the one who asks to be rung)."""
 FALSE_ALARMS = 3
 FALSE_ALARM_PAUSE = 0.005
 """Seconds from one look to the next once `FALSE_ALARMS` rings in a row were followed by nothing."""
-HEARTBEAT = 4.0
+HEARTBEAT = 5.0
 """Longest rest, in seconds; a pipeline that sleeps uses its connection now and then, or nobody would see it break."""
 INBOX_EVENTS = 10_000
 INBOX_BYTES = 32 * 2**20

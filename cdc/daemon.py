@@ -233,6 +233,7 @@ class Daemon:
             alarm=options.outbox_alarm,
             find_drift=lambda connection: diagnosis.find_drift(connection, database.options),
             watch=lambda connection: _watch(database, connection),
+            others_silent_for=lambda: _silent_for(database),
             clock=database.clock,
         )
         if options.notify != "off":
@@ -442,8 +443,16 @@ class Daemon:
 
 
 def _watch(database: Database, connection: Connection) -> None:
-    for pipeline in database.pipelines.values():
+    for pipeline in list(database.pipelines.values()):
         pipeline.note_stall(connection)
+
+
+def _silent_for(database: Database) -> float:
+    """Seconds since the database last answered its pipelines and its listener."""
+    silences = [pipeline.silent_for() for pipeline in list(database.pipelines.values())]
+    if database.listener is not None:
+        silences.append(time.monotonic() - database.listener.heard_at)
+    return min(silences, default=float("inf"))
 
 
 def spare_the_collector() -> None:

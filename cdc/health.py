@@ -18,7 +18,7 @@ from cdc.fleet import Database, Fleet
 from cdc.pipeline import Pipeline
 
 LOST_AFTER = 10.0
-"""Seconds without an answer after which a database counts as lost; the keeper asks every 1.5 s."""
+"""Seconds without an answer after which a database counts as lost; the keeper asks every 4 s at least."""
 
 GRACE = 5.0
 """Seconds by which a look may be late."""

@@ -1,17 +1,17 @@
 """The keeper: one thread and one connection for each database, which says that this daemon is alive and keeps house.
 
 Alive. Ownership of a sink is a lock of a session, and a session can outlive the process behind it by hours: when it is
-stopped, when its host is gone, when the network swallows packets. So the keeper says something every `BEAT` seconds.
-A daemon none of whose sessions has said anything for :data:`cdc.outbox.LEASE` seconds may be relieved of its sinks
-(``cdc.take``). It is one voice for all pipelines because a pipeline may rightly be silent for minutes, while its sink
-takes its time. An idle beat writes nothing.
+stopped, when its host is gone, when the network swallows packets. A daemon none of whose sessions has said anything
+for :data:`cdc.outbox.LEASE` seconds may be relieved of its sinks (``cdc.take``), so the keeper says something when all
+of them have been silent for `BEAT` seconds. It is one voice for all pipelines because a pipeline may rightly be silent
+for minutes, while its sink takes its time. An idle beat writes nothing.
 
 House. The outbox's space is given back once it has been delivered and kept for `retention`; that it has grown beyond
 `outbox_alarm` is said aloud, with the sink that holds it. So is drift: a table of the configuration without its
 trigger, a trigger that is disabled or not the one the configuration wants, a captured table that it does not name.
 
-Moments. Where the book stood is noted every `MOMENTS` seconds in which something was recorded: a timestamp alone
-would not tell what was committed before it.
+Moments. Where the book stood is noted, with a beat every `MOMENTS` seconds, if something was recorded: a timestamp
+alone would not tell what was committed before it.
 
 Watch. A pipeline whose sink does not return from a delivery cannot say so itself; the keeper says it in its stead.
 
@@ -36,18 +36,21 @@ from cdc.retry import keep_alive
 
 log = logging.getLogger(__name__)
 
-BEAT = 1.5
-"""Seconds between two signs of life."""
+BEAT = 2.5
+"""Seconds of silence of all of a daemon's sessions after which the keeper breaks it."""
+LONGEST_SILENCE = 4.0
+"""Seconds after which it speaks whoever else did: a session that has just spoken may be closed, and then nobody sees
+that it spoke. Well below the lease; with `DEADLINE`, how soon the keeper's own dead connection is noticed."""
 DEADLINE = 5.0
 """Seconds for one round trip of the keeper, except for rotation."""
 HOUSEKEEPING = (1.0, 300.0)
 """Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
-MEASURING = 10.0
+MEASURING = 20.0
 """Seconds between looks at the outbox and the backlogs while nobody asks."""
 FRESH = 2.0
 """Seconds for which a look is good enough for somebody who asks."""
 MOMENTS = 10.0
-"""Seconds between notes of a position to go back to (``cdc sinks rewind --to TIMESTAMP``)."""
+"""Least seconds between notes of a position to go back to (``cdc sinks rewind --to TIMESTAMP``)."""
 RECONCILING = 60.0
 """Seconds between looks at the triggers."""
 
@@ -65,6 +68,7 @@ class Keeper(threading.Thread):
         alarm: int,
         find_drift: Callable[[Connection], Sequence[str]] = lambda connection: (),
         watch: Callable[[Connection], None] = lambda connection: None,
+        others_silent_for: Callable[[], float] = lambda: float("inf"),
         clock: ServerClock | None = None,
     ) -> None:
         """
@@ -75,7 +79,8 @@ class Keeper(threading.Thread):
             retention: seconds events are kept after delivery.
             alarm: bytes above which the outbox is too large.
             find_drift: where the triggers differ from the configuration, one sentence each.
-            watch: looks after the pipelines, with every beat.
+            watch: looks after the pipelines, whenever the keeper is awake.
+            others_silent_for: seconds since the database last answered another session of this daemon.
             clock: told what the server's clock says.
         """
         super().__init__(name=f"{database}/keeper", daemon=True)
@@ -87,6 +92,7 @@ class Keeper(threading.Thread):
         """May be replaced while it runs, as may `retention`."""
         self._find_drift = find_drift
         self._watch = watch
+        self._others_silent_for = others_silent_for
         self.drift: Sequence[str] = ()
         """Where the triggers differed from the configuration, when they were last looked at."""
         self.pulse: Pulse | None = None
@@ -102,6 +108,7 @@ class Keeper(threading.Thread):
         """Why it does not answer; empty while it does."""
         self._clock = clock or ServerClock()
         self._stop_event = threading.Event()
+        self._moment_at = 0.0
         self._is_large = False
         self._asked = False
 
@@ -118,32 +125,39 @@ class Keeper(threading.Thread):
 
     def _serve(self) -> None:
         tidied_at = time.monotonic()
-        reconcile_at = moment_at = 0.0
+        reconcile_at = 0.0
         with Connection(self._dsn, purpose="keeper", deadline=DEADLINE) as connection:
             outbox.join_process(connection, self._process)
             self._beat(connection)
             self._measure(connection)
-            while not self._stop_event.wait(BEAT):
+            while not self._stop_event.wait(self._silence_left()):
                 now = time.monotonic()
                 shortest, longest = HOUSEKEEPING
                 if now >= tidied_at + min(max(self.retention / 10, shortest), longest):
                     tidied_at = now
                     self._tidy_up(connection)
-                if now >= moment_at:
-                    moment_at = now + MOMENTS
-                    outbox.note_moment(connection)
                 if now >= self.measured_at + (FRESH if self._asked else MEASURING):
                     self._asked = False
                     self._measure(connection)
                 if now >= reconcile_at:
                     reconcile_at = now + RECONCILING
                     self._reconcile(connection)
-                self._beat(connection)
+                if self._silence_left() <= 0.0:
+                    self._beat(connection)
                 self._watch(connection)
+
+    def _silence_left(self) -> float:
+        """Seconds for which nobody need speak."""
+        own = time.monotonic() - self.heard_at
+        return max(0.0, min(BEAT - min(own, self._others_silent_for()), LONGEST_SILENCE - own))
 
     def _beat(self, connection: Connection) -> None:
         asked = time.monotonic()
-        server = outbox.beat(connection)
+        if asked >= self._moment_at:
+            self._moment_at = asked + MOMENTS
+            server = outbox.note_moment(connection)
+        else:
+            server = outbox.beat(connection)
         self.heard_at = time.monotonic()
         self._clock.heard(server, asked, self.heard_at)
         self.trouble = ""

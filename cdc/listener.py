@@ -70,9 +70,9 @@ QUEUE_LOOK = 5
 ring. Where a COMMIT takes 5 ms they get no further than 200 a second, however many they are: no rate tells of that."""
 QUEUE_LENGTH = 2
 """So many of them waiting are a queue."""
-DEADLINE = 5.0
+DEADLINE = 4.5
 """Seconds for one round trip of the listener; with the gauge's interval, how soon a dead connection is noticed."""
-GAUGE_INTERVAL = 3.0
+GAUGE_INTERVAL = 5.0
 """Seconds between looks at the notification queue."""
 GAUGE_BYTES = 64 * 1024
 """Bytes of payload after which it is looked at earlier; the smallest queue there can be holds eight times as much."""
@@ -130,6 +130,8 @@ class Listener(threading.Thread):
         """Notifications that were no event."""
         self.received = 0
         self.queue_usage = 0.0
+        self.heard_at = float("-inf")
+        """When the database last said how full the queue is, by the monotonic clock."""
 
     def run(self) -> None:
         self._bell.attach(self._knock)
@@ -282,6 +284,7 @@ class Listener(threading.Thread):
     def _read_gauge(self, connection: Connection) -> None:
         self._bytes_since_gauge = 0
         usage = self.queue_usage = float(connection.query(QUERIES["queue_usage"])[0][0])
+        self.heard_at = time.monotonic()
         if not self._too_full and usage > QUEUE_LIMIT:
             self._too_full = True
             log.error(

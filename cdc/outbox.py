@@ -18,9 +18,9 @@ from cdc.errors import CdcError, DatabaseError, DatabaseUnreachable, Fenced, Too
 from cdc.event import Event
 from cdc.sql import QUERIES
 
-LEASE = 5.0
+LEASE = 6.0
 """Seconds of silence after which a process counts as stopped or cut off, and its sinks may be taken over."""
-CONFIRM_DEADLINE = 5.0
+CONFIRM_DEADLINE = 4.5
 """Seconds for the question whether a sink is still ours; with a pipeline's heartbeat, how soon a dead connection is
 noticed while there is nothing to do."""
 PATIENCE = 600.0
@@ -357,9 +357,9 @@ def register_sink(connection: Connection, sink: str, *, start: str) -> bool:
     return bool(connection.query(QUERIES["register_sink"], {"sink": sink, "start": start}))
 
 
-def note_moment(connection: Connection) -> None:
-    """Remember now as a position that a sink can be rewound to. Raises as :func:`register_sink`."""
-    connection.query(QUERIES["note_moment"])
+def note_moment(connection: Connection) -> float:
+    """As :func:`beat`, and remember now as a position that a sink can be rewound to."""
+    return float(connection.query(QUERIES["note_moment"])[0][0])
 
 
 def current_snapshot(connection: Connection) -> str:

@@ -477,7 +477,7 @@ class Pipeline(threading.Thread):
 
     def _hand_over(self, outbox: Outbox, events: list[Event]) -> None:
         """Give the sink a list of its own. Raises as :meth:`cdc.sinks.base.Sink.deliver`, and DatabaseError."""
-        if self._silent_for() > CONFIRM_AFTER:
+        if self.silent_for() > CONFIRM_AFTER:
             self._ask(outbox)  # whether the sink is still ours
         crashpoints.reached("before-deliver")
         self._watched(outbox, self._sink.deliver, events)
@@ -567,7 +567,7 @@ class Pipeline(threading.Thread):
     def _pass_on(self, outbox: Outbox) -> None:
         """Deliver what the listener has handed over, once."""
         while not self._stop_event.is_set() and (events := self._sleeper.inbox.take(self._options.batch.events)):
-            if self._silent_for() > CONFIRM_AFTER:
+            if self.silent_for() > CONFIRM_AFTER:
                 self._ask(outbox)
             self._pass_batch_on(outbox, self._passing(events))
         self._count_dropped(outbox)
@@ -645,7 +645,8 @@ class Pipeline(threading.Thread):
         self._heard_at = _now()
         self.meter.lives(HEARTBEAT)
 
-    def _silent_for(self) -> float:
+    def silent_for(self) -> float:
+        """Seconds since the database last answered this pipeline. May be called from any thread."""
         return _now() - self._heard_at
 
     # -- what people want ---------------------------------------------------------------------------------------

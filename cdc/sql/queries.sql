@@ -191,8 +191,8 @@ select b.id, b.sink, b.relation::bigint, b.schema_name, b.table_name, b.state, b
  order by b.sink, b.id;
 
 -- name: note_moment
--- Remember now as a position to go back to.
-select cdc.note_moment();
+-- Be heard of as by `beat`, and remember now as a position to go back to.
+select extract(epoch from clock_timestamp())::float8, cdc.note_moment();
 
 -- name: moments
 -- The last position known from before a moment, and the first one known at all.

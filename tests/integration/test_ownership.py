@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from psycopg2.extensions import connection
 from sql import fetch, value
 
 from cdc import config as configuration
-from cdc import diagnosis
+from cdc import diagnosis, outbox
 from cdc.connection import Connection
 from cdc.errors import DatabaseUnreachable, Fenced
-from cdc.keeper import Keeper
+from cdc.keeper import BEAT, LONGEST_SILENCE, Keeper
 from cdc.outbox import LEASE, Outbox, Owner, join_process
 from cdc.sinks import option_models
 
@@ -203,6 +205,40 @@ def test_the_keeper_is_heard_and_rotates_and_raises_the_alarm(
         keeper.join(10)
     assert not keeper.is_alive()
     assert caplog.text.count("beyond its alarm") == 1
+
+
+@pytest.mark.parametrize(("others_silent_for", "least"), [(0.0, 0.6), (float("inf"), 0.2)])
+def test_the_keeper_leaves_it_to_the_others_to_be_heard_but_not_for_long(
+    installed: str, monkeypatch: pytest.MonkeyPatch, others_silent_for: float, least: float
+) -> None:
+    monkeypatch.setattr("cdc.keeper.BEAT", 0.2)
+    monkeypatch.setattr("cdc.keeper.LONGEST_SILENCE", 0.6)
+    spoke: list[float] = []
+    real = outbox.beat
+
+    def beat(connection: Connection) -> float:
+        spoke.append(time.monotonic())
+        return real(connection)
+
+    monkeypatch.setattr(outbox, "beat", beat)
+    keeper = Keeper(
+        installed, database="shop", process=5, retention=60.0, alarm=2**40, others_silent_for=lambda: others_silent_for
+    )
+    keeper.start()
+    try:
+        until(lambda: len(spoke) >= 4, "it speaks all the same")
+    finally:
+        keeper.stop()
+        keeper.join(10)
+    pauses = [later - earlier for earlier, later in itertools.pairwise(spoke)]
+    assert min(pauses) >= least
+    if others_silent_for > 0:
+        assert min(pauses) < 0.6  # nobody else is heard: it does not wait for long
+
+
+def test_what_the_keeper_may_leave_out_is_well_within_the_lease() -> None:
+    assert BEAT < LONGEST_SILENCE
+    assert LONGEST_SILENCE + 1.5 < LEASE
 
 
 def test_a_running_daemon_says_that_triggers_differ_and_when_they_are_right_again(
