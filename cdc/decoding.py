@@ -218,7 +218,8 @@ def _checked(row: tuple[Any, ...]) -> Row | None:
 
 # -- what two images differ in -----------------------------------------------------------------------------------
 
-_MEMBER: Final = re.compile(rf'([^"\\]*)":(?:{FLAT_VALUE})').fullmatch
+_TWO_MEMBERS: Final = re.compile(rf'([^"\\]*)":(?:{FLAT_VALUE})\0\1":(?:{FLAT_VALUE})').fullmatch
+"""One member in both images, but for the quote before its name. PostgreSQL has no zero byte in a text."""
 _FIRST_MEMBER: Final = re.compile(rf'\{{"([^"\\]*)":({FLAT_VALUE})[,}}]')
 
 
@@ -239,10 +240,10 @@ def difference(old: str, new: str) -> tuple[str, str, tuple[str, ...]]:
     before = after = ""
     for a, b in zip(was, is_, strict=True):
         if a != b:
-            one, other = _MEMBER(a), _MEMBER(b)
-            if one is None or other is None or one[1] != other[1]:
+            members = _TWO_MEMBERS(f"{a}\0{b}")
+            if members is None:
                 return _split_difference(old, new)
-            names.append(other[1])
+            names.append(members[1])
             before += f',"{a}'
             after += f',"{b}'
     return f"{{{before[1:]}}}", f"{{{after[1:]}}}", tuple(names)
