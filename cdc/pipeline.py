@@ -582,12 +582,7 @@ class Pipeline(threading.Thread):
                 else:
                     self.filtered += 1
             except PermanentFailure as error:
-                self._failed += 1
-                if str(error) != self._last_misfit:
-                    self._last_misfit = str(error)
-                    log.error(
-                        "An ephemeral change is dropped.", extra=self._fields(event_id=event.id, error=str(error))
-                    )
+                self._drop_misfit(event, error)
         return passing
 
     def _pass_batch_on(self, outbox: Outbox, batch: list[Event]) -> None:
