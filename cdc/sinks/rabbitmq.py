@@ -288,7 +288,7 @@ class _Link:
         Args:
             address, tls: of the broker.
             name: what the broker shows for the connection.
-            seconds: to get there.
+            seconds: in which the caller means to be there.
             on_confirm, on_return: as above.
 
         Raises:
@@ -303,6 +303,7 @@ class _Link:
         self._on_confirm = on_confirm
         self._on_return = on_return
         self._channel: Any = None
+        self._was_open = False
         self._loop = select_connection.IOLoop()
         self._loop.activate_poller()
         self._connection = _connection_class()(
@@ -314,8 +315,8 @@ class _Link:
                 ssl_options=pika.SSLOptions(tls_context(tls), address.host) if address.tls else None,
                 heartbeat=0,
                 connection_attempts=1,
-                socket_timeout=seconds,
-                stack_timeout=seconds,
+                socket_timeout=2 * seconds,  # whoever turns gives up before, and says so in his words
+                stack_timeout=2 * seconds,
                 client_properties={"connection_name": name},
                 tcp_options=_TCP,
             ),
@@ -371,6 +372,17 @@ class _Link:
 
     def close(self) -> None:
         """Say goodbye, and do not wait for the answer."""
+        try:
+            self._part()
+        except AssertionError:
+            # Closed in the middle of its handshake, pika 1.4 closes the socket and then stumbles over itself.
+            if self._was_open:
+                raise
+        finally:
+            self._loop.deactivate_poller()
+            self._loop.close()
+
+    def _part(self) -> None:
         if not (self._connection.is_closed or self._connection.is_closing):
             self._connection.close()
         deadline = time.monotonic() + _PARTING
@@ -379,12 +391,11 @@ class _Link:
         if not self._connection.is_closed:
             self._connection.drop()
             self.turn(0)
-        self._loop.deactivate_poller()
-        self._loop.close()
 
     # -- what pika tells --------------------------------------------------------------------------------------------
 
     def _opened(self, _: object) -> None:
+        self._was_open = True
         self.open_channel()
 
     def _channel_opened(self, channel: Any) -> None:
