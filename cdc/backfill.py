@@ -38,7 +38,7 @@ from cdc.connection import Connection
 from cdc.decoding import Unreadable, moved_row
 from cdc.errors import CdcError, Fenced, TooSlow, Undecodable
 from cdc.event import Event
-from cdc.outbox import PATIENCE, Batch, Outbox, is_full
+from cdc.outbox import PATIENCE, Batch, Outbox, is_committed, is_full
 from cdc.sql import QUERIES
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,9 @@ class Backfills:
             parameters["acked"] = None
         try:
             found = self._page("backfill_batch", parameters)
-        except Undecodable:
+        except Undecodable as error:
+            if is_committed(error):
+                parameters["acked"] = parameters["done"] = None
             return self._sort(task, self._page("backfill_batch_in_bytes", parameters), events, bytes_, in_bytes=True)
         return self._sort(task, found, events, bytes_, in_bytes=False)
 

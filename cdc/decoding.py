@@ -232,9 +232,10 @@ def difference(old: str, new: str) -> tuple[str, str, tuple[str, ...]]:
         ValueError: not two JSON objects.
     """
     # Cut at every `,"`. In a flat object that is between two members or, where a string ends with a comma, before its
-    # closing quote; a piece that is cut there is no whole member, and is noticed if it differs.
+    # closing quote; a piece that is cut there is no whole member, and is noticed if it differs. (A name that ends with
+    # a comma is cut as well, and pieces of that may look whole.)
     was, is_ = old[2:-1].split(',"'), new[2:-1].split(',"')
-    if len(was) != len(is_) or "[" in new or "[" in old or new.count("{") != 1 or old.count("{") != 1:
+    if len(was) != len(is_) or ',":' in new or "[" in new or "[" in old or new.count("{") != 1 or old.count("{") != 1:
         return _split_difference(old, new)
     names = []
     before = after = ""

@@ -187,6 +187,15 @@ class _Checkup:
                     "add one, or name the identifying columns under `key`",
                 )
         names = {(candidate.schema, candidate.table) for candidate in wanted}
+        for schema, table in connection.query(QUERIES["deferrable_keys"]):
+            if (schema, table) in names:
+                self._add(
+                    "note",
+                    f"{schema}.{table}",
+                    "has a deferrable primary key: for a while two rows may have the same one, and between the changes "
+                    "of the two no order is promised",
+                    "make it NOT DEFERRABLE where that matters",
+                )
         for schema, table, *child in connection.query(QUERIES["inheriting_tables"]):
             if (schema, table) in names and tuple(child) not in names:
                 self._add(

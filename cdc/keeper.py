@@ -16,7 +16,8 @@ alone would not tell what was committed before it.
 Watch. A pipeline whose sink does not return from a delivery cannot say so itself; the keeper says it in its stead.
 
 Figures. What it measures on its way is kept for whoever asks (:mod:`cdc.http`), who never waits for the database: the
-server's clock with each sign of life, the outbox and the sinks' backlogs every `MEASURING` seconds, or sooner if asked.
+server's clock with each beat, the outbox and the sinks' backlogs every `MEASURING` seconds, or `WATCHED` while somebody
+asks.
 """
 
 from __future__ import annotations
@@ -47,8 +48,12 @@ HOUSEKEEPING = (1.0, 300.0)
 """Shortest and longest pause between rotations of the outbox, in seconds; in between, a tenth of the retention."""
 MEASURING = 20.0
 """Seconds between looks at the outbox and the backlogs while nobody asks."""
+WATCHED = 5.0
+"""The same, at least, while somebody does; with `LONGEST_SILENCE`, how old what he is shown may be."""
 FRESH = 2.0
-"""Seconds for which a look is good enough for somebody who asks."""
+"""The same, at least, where he sits and looks."""
+ASKED_FOR = 120.0
+"""Seconds after a question in which the next one is expected."""
 MOMENTS = 10.0
 """Least seconds between notes of a position to go back to (``cdc sinks rewind --to TIMESTAMP``)."""
 RECONCILING = 60.0
@@ -110,18 +115,35 @@ class Keeper(threading.Thread):
         self._stop_event = threading.Event()
         self._moment_at = 0.0
         self._is_large = False
-        self._asked = False
+        self._asked_at = float("-inf")
+        self._is_wanted_soon = False
+        self._too_slow: set[str] = set()
 
     def run(self) -> None:
-        keep_alive(self._serve, DatabaseError, maximum=5.0, stop=self._stop_event, before_sleep=self._lost)
+        keep_alive(self._outlive, DatabaseError, maximum=5.0, stop=self._stop_event, before_sleep=self._lost)
 
     def stop(self) -> None:
         """End the thread soon; to be called when no pipeline is left, or others would take the sinks for abandoned."""
         self._stop_event.set()
 
-    def ask(self) -> None:
-        """Let it look at the outbox and the backlogs with its next sign of life. May be called from any thread."""
-        self._asked = True
+    def ask(self, *, soon: bool = False) -> None:
+        """Let it look at the outbox and the backlogs more often for a while. May be called from any thread.
+
+        Args:
+            soon: and with its next sign of life.
+        """
+        self._asked_at = time.monotonic()
+        self._is_wanted_soon |= soon
+
+    def _outlive(self) -> None:
+        try:
+            self._serve()
+        except DatabaseError:
+            raise
+        except Exception as error:
+            # The thread must outlive a bug of ours, and a system that is short of threads: nobody else would beat.
+            log.exception("The keeper failed as it should not; starting again.", extra=self._fields())
+            raise DatabaseError(f"unexpected {type(error).__name__}") from None
 
     def _serve(self) -> None:
         tidied_at = time.monotonic()
@@ -129,22 +151,39 @@ class Keeper(threading.Thread):
         with Connection(self._dsn, purpose="keeper", deadline=DEADLINE) as connection:
             outbox.join_process(connection, self._process)
             self._beat(connection)
-            self._measure(connection)
+            self._work("measure", self._measure, connection)
             while not self._stop_event.wait(self._silence_left()):
+                if self._silence_left() <= 0.0:
+                    self._beat(connection)
                 now = time.monotonic()
                 shortest, longest = HOUSEKEEPING
                 if now >= tidied_at + min(max(self.retention / 10, shortest), longest):
                     tidied_at = now
-                    self._tidy_up(connection)
-                if now >= self.measured_at + (FRESH if self._asked else MEASURING):
-                    self._asked = False
-                    self._measure(connection)
+                    self._work("tidy up", self._tidy_up, connection)
+                if now >= self.measured_at + self._measuring(now):
+                    self._is_wanted_soon = False
+                    self._work("measure", self._measure, connection)
                 if now >= reconcile_at:
                     reconcile_at = now + RECONCILING
-                    self._reconcile(connection)
-                if self._silence_left() <= 0.0:
-                    self._beat(connection)
+                    self._work("look at the triggers", self._reconcile, connection)
                 self._watch(connection)
+
+    def _work(self, what: str, do: Callable[[Connection], None], connection: Connection) -> None:
+        """Do what is not worth the sign of life that comes after it."""
+        try:
+            do(connection)
+            self._too_slow.discard(what)
+        except TooSlow as error:
+            if what not in self._too_slow:
+                log.warning("The keeper has no time for its work.", extra=self._fields(work=what, error=str(error)))
+            self._too_slow.add(what)
+        self.heard_at = time.monotonic()  # either way the database has answered
+
+    def _measuring(self, now: float) -> float:
+        """Seconds from one look at the outbox and the backlogs to the next."""
+        if self._is_wanted_soon:
+            return FRESH
+        return WATCHED if now < self._asked_at + ASKED_FOR else MEASURING
 
     def _silence_left(self) -> float:
         """Seconds for which nobody need speak."""
@@ -170,12 +209,9 @@ class Keeper(threading.Thread):
             log.info("The outbox was tidied up.", extra=self._fields(done=",".join(done)))
 
     def _measure(self, connection: Connection) -> None:
-        try:
-            sinks = outbox.sink_statuses(connection)
-            pulse = outbox.pulse(connection)
-            self.backfills = backfill.backfills(connection)
-        except TooSlow:
-            return  # figures are not worth the sign of life that comes next
+        sinks = outbox.sink_statuses(connection)
+        pulse = outbox.pulse(connection)
+        self.backfills = backfill.backfills(connection)
         self.sinks, self.pulse = {sink.name: sink for sink in sinks}, pulse
         self.measured_at = time.monotonic()
         is_large = pulse.outbox_bytes > self.alarm

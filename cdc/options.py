@@ -7,12 +7,6 @@ assembles the rest. Nothing here opens a file or reads the environment.
 and the path in front of that sentence and shows it to the user, so it must never contain the value: any value
 may have come from ``${SECRET}``. Lists arrive as tuples, because a frozen model should be frozen all the way
 down.
-
-**Refusals.** The contract promises more than this version does. A key or a word that is not implemented is
-refused by name, never silently ignored, with one line in its model::
-
-
-The issue that implements it deletes that line.
 """
 
 from __future__ import annotations

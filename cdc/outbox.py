@@ -201,8 +201,10 @@ class Outbox:
         }
         try:
             rows = self._page("next_batch", parameters)
-        except Undecodable:
+        except Undecodable as error:
             # The page is still to come, or comes again: nothing of it was acknowledged.
+            if is_committed(error):
+                parameters["acked"] = None
             return self._batch_in_bytes(parameters, events=events, bytes_=bytes_)
         if not rows:
             return None
@@ -288,6 +290,14 @@ class Outbox:
     def _primary_key(self, table: CapturedTable) -> Sequence[str]:
         [(columns,)] = self._connection.query(QUERIES["primary_key"], {"relation": table.relation})
         return columns or ()
+
+
+def is_committed(error: Undecodable) -> bool:
+    """Whether a query has done what it did although its answer cannot be read: it was the client who could not.
+
+    What it has acknowledged must not be acknowledged again then: it would be taken for a part of the page that came.
+    """
+    return not error.sqlstate
 
 
 def is_full(rows: Sequence[tuple[Any, ...]], *, events: int, bytes_: int) -> bool:

@@ -263,6 +263,8 @@ class Pipeline(threading.Thread):
                 is_time = True
             lively = self._sleeper.called
             if is_time:
+                if self.silent_for() > CONFIRM_AFTER:
+                    self._ask(outbox)  # a dead connection answers no page either, and is waited for longer then
                 batch = self._look(outbox, acked)
                 acked = None
                 if batch is not None:
@@ -674,8 +676,8 @@ class Pipeline(threading.Thread):
             self._stop_event.wait(max(0.0, ASK_AFTER - self._unasked_for()))
             self._sleeper.woken.clear()
             self._failed += len(self._sleeper.inbox.take(INBOX_EVENTS))
-            self._count_dropped(outbox)
             paused = self._ask(outbox)
+            self._count_dropped(outbox)
         if not paused:
             log.info("The sink is resumed.", extra=self._fields())
             self._become(outbox, before)

@@ -29,7 +29,7 @@ from typing import Final
 
 from cdc.config.crosscheck import cross_check
 from cdc.config.findings import Findings
-from cdc.config.models import SINK_TYPES, Config, DatabaseConfig, HttpConfig, LogConfig, Name, TableConfig
+from cdc.config.models import Config, DatabaseConfig, HttpConfig, LogConfig, Name, TableConfig
 from cdc.config.reading import MAX_BYTES, MAX_DEPTH, Unreadable, read
 from cdc.config.validation import validate
 from cdc.config.variables import expand
@@ -41,7 +41,6 @@ __all__ = [
     "LOCAL_CONFIG",
     "MAX_BYTES",
     "MAX_DEPTH",
-    "SINK_TYPES",
     "SYSTEM_CONFIG",
     "Config",
     "DatabaseConfig",

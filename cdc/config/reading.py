@@ -35,6 +35,12 @@ from cdc.config.findings import BROKEN, Findings, KeyPath, Place
 MAX_BYTES: Final = 256 * 1024
 MAX_DEPTH: Final = 32
 
+# Between { } and [ ] YAML would take the brace of an unquoted ${…} for one of its own. Letters of private use stand in
+# for both braces until the scalars are made; as many, so that every place is as it was.
+_REFERENCE: Final = re.compile(r"""\$\{([A-Za-z_]\w*(?::-[^\s,\[\]{}"'#]*)?)\}""")
+_SHIELD: Final = "\ue000", "\ue001"
+_BRACES: Final = {ord(_SHIELD[0]): "{", ord(_SHIELD[1]): "}"}
+
 # What the parser says → what that means to somebody who edits the file. Its own words quote the file now and
 # then, so what is not listed is not shown.
 _SYNTAX: Final = (
@@ -81,6 +87,8 @@ def read(path: Path, findings: Findings) -> dict[str, object]:
         line = content.count(b"\n", 0, error.start)
         column = error.start - (content.rfind(b"\n", 0, error.start) + 1)
         raise Unreadable("not UTF-8 (save the file as UTF-8)", (line, column)) from None
+    if not any(letter in text for letter in _SHIELD):
+        text = _REFERENCE.sub(rf"${_SHIELD[0]}\1{_SHIELD[1]}", text)
     try:
         return _Reader(text, findings).document()
     except YAMLError as error:
@@ -199,7 +207,7 @@ class _Reader:
             return BROKEN
 
     def _text_of(self, event: ScalarEvent, path: KeyPath) -> str:
-        text = str(event.value)
+        text = str(event.value).translate(_BRACES)
         # Only escapes in double quotes get here; raw ones are refused by the reader.
         if re.search("[\x00\ud800-\udfff]", text):
             self._findings.settle(path, r"a NUL or half a character (remove the \0 or \ud800 escape)")

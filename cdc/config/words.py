@@ -18,10 +18,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def known_words(word: str, known: Iterable[str], also: tuple[str, ...] = ()) -> str:
+def known_words(word: str, known: Iterable[str]) -> str:
     """The cure for a word nobody knows: the words there are, and the one that was probably meant."""
     words = list(known)
-    return cure(f"known: {', '.join(words)}", nearest(word, [*words, *also]))
+    return cure(f"known: {', '.join(words)}", nearest(word, words))
 
 
 def cure(*parts: str) -> str:

@@ -120,7 +120,7 @@ class Actions:
         if database.options.notify != "off":
             outbox.ring(connection, database.options.channel)
         if database.keeper is not None:
-            database.keeper.ask()
+            database.keeper.ask(soon=True)
 
     def _note(self, action: str, database: Database, sink: str, client: str, **fields: object) -> None:
         told = {"database": database.name, "sink": sink, "action": action, "from": client, **fields}

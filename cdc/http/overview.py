@@ -41,7 +41,7 @@ def overview(fleet: Fleet, config: HttpConfig) -> dict[str, object]:
     """What the console draws, but for its plots, live tail and dead letters."""
     for database in fleet.databases.values():
         if database.keeper is not None:
-            database.keeper.ask()
+            database.keeper.ask(soon=True)
     found = troubles(fleet, config.stalled_after)
     return {
         "now": round(time.time(), 3),

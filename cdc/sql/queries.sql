@@ -739,6 +739,15 @@ select n.nspname, p.relname, m.nspname, c.relname
  where n.nspname <> 'cdc'
  order by 1, 2, 3, 4;
 
+-- name: deferrable_keys
+-- Tables whose primary key is deferrable.
+select n.nspname, r.relname
+  from pg_catalog.pg_index i
+  join pg_catalog.pg_class r on r.oid = i.indrelid
+  join pg_catalog.pg_namespace n on n.oid = r.relnamespace
+ where i.indisprimary and not i.indimmediate
+ order by 1, 2;
+
 -- name: disabled_captures
 -- Captured tables one of whose triggers does not fire for ordinary writes, in the table or in one of its partitions.
 with recursive family as (

@@ -7,6 +7,7 @@ if it said something there; where the ids did go on, as after a promotion or pg_
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from sql import fetch, value
 from verdict import settle
 from workload import Workload
 
-from cdc.event import Event
+from cdc.event import Event, Op
 
 Connect = Callable[..., Any]
 KEPT = "create table if not exists kept (id int primary key, v int)"
@@ -126,6 +127,89 @@ def test_a_dump_restored_elsewhere_is_refused_until_it_is_rebased_and_then_loses
         "refused, then lost 0, no id twice",
         repeats=len(again) - 13,
     )
+
+
+def test_what_was_rewound_past_before_the_dump_does_not_hide_what_comes_after_it(
+    clusters: Callable[..., Cluster], small: Callable[[str], Project], connect: Connect
+) -> None:
+    """Rewinding one table leaves a position to skip up to, in ids that a fresh cluster has yet to count to."""
+    old, new = clusters(), clusters()
+    dsn = old.create_database("shop")
+    writer = connect(dsn)
+    fetch(writer, "create table other (id int primary key)")
+    project = small(dsn)
+    project.content["databases"]["shop"]["tables"] = {"public.kept": {}, "public.other": {}}
+    project.write()
+    project.cdc("migrate")
+    for _ in range(2000):
+        value(writer, "select pg_current_xact_id()")
+    fetch(writer, "insert into kept values (1, 0)")
+    project.cdc("run", "--until-idle")
+    project.cdc("sinks", "rewind", "mirror", "--to", "earliest", "--table", "public.other")
+    project.cdc("run", "--until-idle")
+    assert keys(project) == [1], "the rewound table had nothing to tell"
+    move(project, dump_and_restore(old, new))
+    project.cdc("rebase")
+    project.cdc("migrate")
+    fetch(connect(project.dsn), "insert into kept values (2, 0)")
+    project.cdc("run", "--until-idle")
+    assert keys(project) == [1, 2]
+
+
+def test_a_backfill_under_way_begins_anew_after_a_dump_was_restored_elsewhere(
+    clusters: Callable[..., Cluster], small: Callable[[str], Project], connect: Connect
+) -> None:
+    old, new = clusters(), clusters()
+    dsn = old.create_database("shop")
+    fetch(connect(dsn), "create table first (id int primary key); create table gone (id int primary key)")
+    project = small(dsn)
+    project.content["databases"]["shop"]["tables"] = {"public.kept": {}, "public.first": {}, "public.gone": {}}
+    project.write()
+    project.cdc("migrate")
+    writer = connect(dsn)
+    fetch(writer, "insert into kept select i, 0 from generate_series(1, 500) i")
+    fetch(writer, "insert into first select i from generate_series(1001, 1500) i")
+    project.cdc("run", "--until-idle")
+    with project.daemon() as daemon:
+        project.cdc("backfill", "start", "mirror", "public.kept", "--chunk", "50", "--rate", "100")
+        until(lambda: len(read_lines(project.file)) > 1050, "rows are told of")
+        daemon.drain()
+    for table in ("public.first", "public.gone"):
+        project.cdc("backfill", "start", "mirror", table)
+    project.cdc("backfill", "pause", "mirror", "public.first", "public.gone")
+    before = len(read_lines(project.file))
+
+    move(project, dump_and_restore(old, new))
+    writer = connect(project.dsn)
+    fetch(writer, "drop table gone")
+    # As if each table had the oid here that the other one had there.
+    for table, other in (("kept", "first"), ("first", "kept")):
+        fetch(
+            writer,
+            "update cdc.backfill set relation = %s::regclass, state = 'failed' where table_name = %s",
+            (f"public.{other}", table),
+        )
+    fetch(writer, "update cdc.backfill set state = case table_name when 'first' then 'paused' else 'running' end")
+    project.content["databases"]["shop"]["tables"] = {"public.kept": {}, "public.first": {}}
+    project.write()
+    project.cdc("rebase")
+    project.cdc("migrate")
+    project.cdc("run", "--until-idle")
+
+    stands = {
+        entry["table"]: (entry["state"], entry["reason"])
+        for entry in json.loads(project.cdc("backfill", "status", "--json").stdout)["databases"]["shop"]["mirror"]
+    }
+    assert stands == {
+        "public.kept": ("done", None),
+        "public.first": ("paused", None),
+        "public.gone": ("failed", "the table does not exist"),
+    }
+    told = [event.key["id"] for event in events(project)[before:] if event.op == Op.READ and event.key is not None]
+    assert told == list(range(1, 501))
+    project.cdc("backfill", "resume", "mirror")
+    project.cdc("run", "--until-idle")
+    assert [event.key["id"] for event in events(project)[-500:] if event.key] == list(range(1001, 1501))
 
 
 @pytest.mark.full

@@ -255,6 +255,17 @@ def test_a_wide_row_with_characters_json_cannot_unescape_is_stored_whole(shop: S
     assert event.key == {"id": 1}
 
 
+def test_an_update_of_nothing_but_blanks_in_a_wide_json_value_is_an_event_that_says_so(shop: Shop) -> None:
+    shop.run("create table heap (doc json, note text)")
+    shop.capture("heap")
+    shop.run("insert into heap values ('{\"a\": 1}', repeat('x', 9000))")
+    shop.run("update heap set doc = '   {\"a\": 1}'")
+    _, event = shop.events()
+    assert (event.key, event.before, event.after, event.changed) == (None, {}, {}, ())
+    assert not event.truncated
+    assert event.apply({"doc": {"a": 1}}) == {"doc": {"a": 1}}
+
+
 def test_a_row_of_nothing_but_nulls(shop: Shop) -> None:
     shop.run("create table empty (a int, b text, c jsonb)")
     shop.capture("empty")

@@ -187,6 +187,15 @@ def test_a_table_without_a_key_is_a_note_until_the_key_is_named(shop: Shop) -> N
     assert len(shop.check()) == 1
 
 
+def test_a_deferrable_primary_key_is_a_note(shop: Shop) -> None:
+    shop.cursor.execute("create table loose (id int primary key deferrable); create table elsewhere (like loose)")
+    shop.cursor.execute("alter table elsewhere add primary key (id) deferrable")
+    shop.configure({"public.loose": {}})
+    shop.migrate()
+    _, note = shop.check()
+    assert note.startswith("note    shop: public.loose: has a deferrable primary key: ")
+
+
 def test_a_database_that_feeds_no_sink_is_a_warning(shop: Shop) -> None:
     other = {**shop.config["databases"]["shop"]}
     shop.config["databases"]["other"] = other

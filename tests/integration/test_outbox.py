@@ -16,7 +16,7 @@ from psycopg2.extensions import connection
 from cdc import outbox
 from cdc.connection import Connection
 from cdc.decoding import Unreadable
-from cdc.errors import DatabaseUnreachable, Fenced
+from cdc.errors import DatabaseUnreachable, Fenced, Undecodable
 from cdc.event import Event, Op
 from cdc.outbox import Batch, Outbox, Owner
 
@@ -118,6 +118,31 @@ def kill(conn: connection, reader: Reader) -> None:
 
 def position_row(conn: connection) -> tuple[Any, ...]:
     return fetch(conn, "select xmin, ctid, p.* from cdc.position p")[0]
+
+
+def test_what_an_unreadable_answer_has_acknowledged_is_not_acknowledged_again(
+    shop: connection, session: Callable[[], connection], read: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may send a byte that is no character; by then what came before is acknowledged."""
+    early = session()
+    fetch(early, "insert into item values (1, 0)")
+    fetch(shop, "insert into item values (2, 0)")
+    reader = read()
+    page = reader.page()
+    assert ids(page) == [2]
+    early.commit()  # with a lower seq than what is acknowledged now, in a window of its own
+    real, failures = reader.connection._run, ["the first answer"]
+
+    def run(sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+        rows = real(sql, parameters)
+        if "cdc.next_batch" in sql and failures:
+            failures.clear()
+            raise Undecodable("the answer holds bytes that are no characters")
+        return rows
+
+    monkeypatch.setattr(reader.connection, "_run", run)
+    assert ids(reader.page(page[-1].source.seq)) == [1]
+    assert not failures
 
 
 # -- an idle look -------------------------------------------------------------------------------------------------

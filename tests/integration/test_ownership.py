@@ -236,6 +236,69 @@ def test_the_keeper_leaves_it_to_the_others_to_be_heard_but_not_for_long(
         assert min(pauses) < 0.6  # nobody else is heard: it does not wait for long
 
 
+def test_work_that_takes_too_long_costs_the_keeper_neither_its_voice_nor_its_session(
+    installed: str, look: connection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc.keeper.BEAT", 0.02)
+    monkeypatch.setattr("cdc.keeper.RECONCILING", 0.02)
+    tried: list[int] = []
+
+    def slow(connection: Connection) -> list[str]:
+        tried.append(connection.pid)
+        connection.query("select pg_sleep(60)", deadline=0.4)
+        return []
+
+    keeper = Keeper(installed, database="shop", process=5, retention=60.0, alarm=2**40, find_drift=slow)
+    keeper.start()
+    try:
+        until(lambda: len(tried) >= 3, "it tries again")
+        assert len(set(tried)) == 1
+        assert time.monotonic() - keeper.heard_at < 2.0
+        assert keeper.trouble == ""
+    finally:
+        keeper.stop()
+        keeper.join(10)
+    assert caplog.text.count("The keeper has no time for its work.") == 1
+
+
+def test_the_keeper_outlives_what_nobody_expected(
+    installed: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc.keeper.BEAT", 0.02)
+    failures = [RuntimeError("can't start new thread")]
+
+    def watch(_: Connection) -> None:
+        if failures:
+            raise failures.pop()
+
+    keeper = Keeper(installed, database="shop", process=5, retention=60.0, alarm=2**40, watch=watch)
+    keeper.start()
+    try:
+        until(lambda: "The keeper failed as it should not" in caplog.text, "it fails")
+        failed_at = time.monotonic()
+        until(lambda: keeper.heard_at > failed_at and not keeper.trouble, "and goes on")
+    finally:
+        keeper.stop()
+        keeper.join(10)
+
+
+def test_figures_are_fresh_while_somebody_asks(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("BEAT", 0.02), ("MEASURING", 60.0), ("WATCHED", 0.2), ("ASKED_FOR", 60.0), ("FRESH", 0.0)):
+        monkeypatch.setattr(f"cdc.keeper.{name}", seconds)
+    keeper = Keeper(installed, database="shop", process=5, retention=60.0, alarm=2**40)
+    keeper.start()
+    try:
+        until(lambda: keeper.measured_at > 0, "it measures once")
+        first = keeper.measured_at
+        time.sleep(0.4)
+        assert keeper.measured_at == first
+        keeper.ask()
+        until(lambda: keeper.measured_at > first + 0.6, "again and again")
+    finally:
+        keeper.stop()
+        keeper.join(10)
+
+
 def test_what_the_keeper_may_leave_out_is_well_within_the_lease() -> None:
     assert BEAT < LONGEST_SILENCE
     assert LONGEST_SILENCE + 1.5 < LEASE

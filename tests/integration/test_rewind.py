@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from sql import fetch, value
 from cdc import outbox
 from cdc.cli import main
 from cdc.connection import Connection
-from cdc.errors import CdcError, PermanentFailure
+from cdc.errors import CdcError, DatabaseError, PermanentFailure
 from cdc.event import Event
 
 Prepare = Callable[..., Run]
@@ -154,6 +155,48 @@ def test_what_the_outbox_no_longer_has_is_refused_with_the_moment_it_begins_at(
     # What was truncated had been committed by then: from here on the outbox has all.
     cdc("sinks", "rewind", "audit", "--to", kept.isoformat())
     assert keys(ran(prepare, items).sink.delivered) == [3, 4]
+
+
+def test_what_is_committed_while_a_moment_is_noted_counts_as_earlier(
+    items: connection, installed: str, connect: Callable[..., connection]
+) -> None:
+    slow = connect(installed)
+    noting = threading.Thread(target=fetch, args=(slow, "select pg_sleep(0.4), cdc.note_moment()"))
+    noting.start()
+    wait_for(lambda: value(items, "select count(*) from pg_stat_activity where query like '%note_moment()' ") >= 1)
+    time.sleep(0.1)
+    insert(items, 1)
+    committed_at = value(items, "select clock_timestamp()")
+    noting.join()
+    at, shows = fetch(
+        items,
+        "select at, (select bool_and(pg_visible_in_snapshot(e.txid, m.snap)) from cdc.event e)"
+        " from cdc.moment m order by at desc limit 1",
+    )[0]
+    assert shows
+    assert at > committed_at, "whoever goes back to a moment before it would miss it"
+
+
+def test_a_position_whose_events_were_given_back_meanwhile_is_refused(
+    items: connection, installed: str, prepare: Prepare
+) -> None:
+    insert(items, 1)
+    moment = note(installed)
+    insert(items, 2)
+    ran(prepare, items)
+    with Connection(installed, purpose="test") as session:
+        position = outbox.position_at(session, moment)
+        fetch(items, "select cdc.rotate('0 s')")
+        insert(items, 3)
+        note(installed)
+        assert "truncated" in value(items, "select cdc.rotate('0 s')")
+        before = value(items, "select snap_lo::text from cdc.position")
+        with pytest.raises(DatabaseError, match="has not everything since then any more"):
+            outbox.rewind(session, "audit", position, None, patience=1.0)
+    assert value(items, "select snap_lo::text from cdc.position") == before
+    with Connection(installed, purpose="test") as session:
+        outbox.rewind(session, "audit", outbox.EARLIEST, None, patience=1.0)
+    assert keys(ran(prepare, items).sink.delivered) == [3]
 
 
 def test_forward_is_now_alone_and_says_what_it_leaves_out(

@@ -57,6 +57,8 @@ def image(members: dict[str, object]) -> str:
 @example([("a", "x,", "x,", True), ("b", "y", "y,", False)])
 @example([("a", "x,", "x", False), ("b", "y", "y,", False)])
 @example([("a", ',"b":1', "x", False), ("b", 1, 2, False)])
+@example([("a,", 5, 6, False), ("b", 1, 1, True)])
+@example([(",", ":x,", ":y,", False), ("b", 1, 1, True)])
 @example([("j", {"b": 1, "c": 2, "d": 3}, {"b": 1, "c": 4, "d": 3}, False), ("c", 2, 2, True)])
 def test_the_quick_way_finds_what_the_thorough_one_finds(rows: list[tuple[str, object, object, bool]]) -> None:
     old = image({name: was for name, was, _, _ in rows})

@@ -34,7 +34,8 @@ Made from the models that check the file (`python tests/unit/test_reference.py`)
 
 One YAML 1.2 document, at most 256 KiB. Unknown keys, duplicate keys, anchors, aliases and tags are errors. `${NAME}`
 and `${NAME:-default}` in values are replaced from the environment after parsing, so that a variable can add neither
-keys nor structure; `$${` is a plain `${`. Inside `{ }` and `[ ]` a value with a variable needs quotes.
+keys nor structure; `$${` is a plain `${`. Inside `{ }` and `[ ]` one whose default
+holds a comma, a brace or a blank needs quotes.
 
 Durations are written with a unit: `20ms`, `5s`, `10m`, `24h`, `7d`. Sizes: `512KiB`, `4MiB`, `1GB`, or a number of
 bytes. Tables: `schema.table`; `*` and `?` stand for any characters; odd names in quotes: `'public."weird name"'`.
@@ -159,6 +160,8 @@ def default_of(field: FieldInfo) -> str:  # noqa: PLR0911  one for each kind the
     default = field.get_default(call_default_factory=True)
     if default is None or default is PydanticUndefined or default in ((), {}):
         return "-"
+    if isinstance(default, SecretStr):
+        return f"`{default.get_secret_value()}`"
     if isinstance(default, BaseModel):
         return "its defaults"
     if kind_of(field) == "duration":

@@ -1,0 +1,2 @@
+-- cdc, revision 0009, undone. What the revision before had another body for is put back by the revision's script; nothing
+-- but functions has changed.
