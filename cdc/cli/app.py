@@ -142,3 +142,6 @@ class App:
 
 
 pass_app = click.make_pass_decorator(App)
+databases_option = click.option(
+    "-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated."
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 from rich.console import Console, Group
@@ -17,12 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from cdc import backfill as rows
-from cdc import inventory, outbox
+from cdc import outbox
 from cdc.backfill import Backfill, State
-from cdc.cli.app import App, Place, pass_app
+from cdc.cli.app import App, Place, databases_option, pass_app
+from cdc.cli.several import each, fed_from, ring
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, age, console, plain, print_table
 from cdc.connection import Connection
-from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
+from cdc.errors import CdcError, DatabaseUnreachable
 from cdc.options import matches, split
 
 _COLUMNS = ("database", "sink", "table", "state", "done", "rows", "of about", "rows/s", "left")
@@ -48,15 +49,12 @@ def _patterns(context: click.Context, parameter: click.Parameter, value: tuple[s
 
 _sink = click.argument("sink")
 _tables = click.argument("tables", nargs=-1, metavar="[TABLE]...", callback=_patterns)
-_databases = click.option(
-    "-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated."
-)
 
 
 @backfill.command()
 @_sink
 @_tables
-@_databases
+@databases_option
 @click.option("--where", metavar="SQL", help="Only rows that meet this condition; needs migrate_dsn.")
 @click.option("--chunk", type=click.IntRange(1, 100_000), default=1000, metavar="N", help="At most N rows at a time.")
 @click.option("--rate", type=click.IntRange(1), metavar="ROWS/S", help="At most so many rows a second.")
@@ -76,7 +74,7 @@ def start(
     The daemon that serves the sink does it, as events of the operation read, in order with the changes that go on
     meanwhile. SQL under --where is about the table's columns by their names, and runs as the role that migrates.
     """
-    selected = _selected(app, sink, names)
+    selected = fed_from(app, sink, names)
     found = False
 
     def ask(name: str, place: Place) -> Iterator[str]:
@@ -102,11 +100,12 @@ def start(
                     continue
                 began = rows.start(connection, sink, table, rows=chunk, rate=rate, condition=where)
                 yield f"{name}: backfill of {label} for sink {sink} {'is started' if began else 'is under way already'}"
-            _ring(app, name, connection)
+            ring(app, name, connection)
             if standing[0] is None:
                 yield f"{name}: no daemon serves the sink at the moment; it begins with the next one"
 
-    code = _each(app, selected, ask)
+    with app.places(selected) as places:
+        code = each(places, selected, ask)
     if not found and code == 0:
         meant = ", ".join(tables) if tables else "any table"
         raise CdcError(f"sink {sink} is told of no captured table that is {meant} (cdc check shows what is captured)")
@@ -115,13 +114,13 @@ def start(
 
 @backfill.command()
 @click.argument("sink", required=False)
-@_databases
+@databases_option
 @click.option("--watch", is_flag=True, help="Stay, until none is running.")
 @click.option("--json", "as_json", is_flag=True, help='{"databases": {DB: {SINK: [{…}]}}}')
 @pass_app
 def status(app: App, sink: str | None, names: tuple[str, ...], watch: bool, as_json: bool) -> None:
     """Show how far the backfills of SINK are, or of all sinks; of each table the last one."""
-    selected = app.select(names) if sink is None else _selected(app, sink, names)
+    selected = app.select(names) if sink is None else fed_from(app, sink, names)
     out = console()
     with app.places(selected) as places:
 
@@ -162,7 +161,7 @@ def status(app: App, sink: str | None, names: tuple[str, ...], watch: bool, as_j
 @backfill.command()
 @_sink
 @_tables
-@_databases
+@databases_option
 @pass_app
 def pause(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Stop telling SINK of rows for now; the stream goes on."""
@@ -172,7 +171,7 @@ def pause(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...]) 
 @backfill.command()
 @_sink
 @_tables
-@_databases
+@databases_option
 @pass_app
 def resume(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Go on where the backfill was paused."""
@@ -182,7 +181,7 @@ def resume(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...])
 @backfill.command()
 @_sink
 @_tables
-@_databases
+@databases_option
 @pass_app
 def cancel(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Give a backfill up; what was told stays told."""
@@ -192,7 +191,7 @@ def cancel(app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...])
 def _change(
     app: App, sink: str, tables: tuple[str, ...], names: tuple[str, ...], *, state: State, done: str, needed: str
 ) -> None:
-    selected = _selected(app, sink, names)
+    selected = fed_from(app, sink, names)
     changed = False
 
     def ask(name: str, place: Place) -> Iterator[str]:
@@ -207,42 +206,13 @@ def _change(
             for table in rows.change(connection, sink, state, relations):
                 changed = True
                 yield f"{name}: backfill of {table} for sink {sink} is {done}"
-            _ring(app, name, connection)
+            ring(app, name, connection)
 
-    code = _each(app, selected, ask)
+    with app.places(selected) as places:
+        code = each(places, selected, ask)
     if not changed and code == 0:
         raise CdcError(f"sink {sink} has no backfill that is {needed} (see cdc backfill status {sink})")
     sys.exit(code)
-
-
-def _selected(app: App, sink: str, names: tuple[str, ...]) -> list[str]:
-    """The databases that are meant, of those the sink delivers from. Raises ConfigError when there is none."""
-    if sink not in app.config.sinks:
-        known = ", ".join(app.config.sinks)
-        raise ConfigError([f"no sink {sink} in the configuration (known: {known})"])
-    selected = [name for name in app.select(names) if sink in inventory.sinks_of(app.config, name)]
-    if not selected:
-        raise ConfigError([f"sink {sink} does not deliver from {', '.join(names)} (see its key databases)"])
-    return selected
-
-
-def _each(app: App, selected: Sequence[str], ask: Callable[[str, Place], Iterator[str]]) -> int:
-    """Do something in each database, and say what; one that fails does not stop the others. Returns the exit code."""
-    code = 0
-    with app.places(selected) as places:
-        for name in selected:
-            try:
-                for line in ask(name, places[name]):
-                    click.echo(line)
-            except CdcError as error:
-                click.echo(f"error: {name}: {error}", err=True)
-                code = max(code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
-    return code
-
-
-def _ring(app: App, name: str, connection: Connection) -> None:
-    if app.config.databases[name].notify != "off":
-        outbox.ring(connection, app.config.databases[name].channel)
 
 
 def _by_sink(all_: Sequence[Backfill]) -> dict[str, list[dict[str, object]]]:

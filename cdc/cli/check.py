@@ -9,7 +9,7 @@ import sys
 import click
 
 from cdc import diagnosis
-from cdc.cli.app import App, pass_app
+from cdc.cli.app import App, databases_option, pass_app
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, console, plain
 from cdc.diagnosis import Finding
 from cdc.dsn import has_password
@@ -18,7 +18,7 @@ _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold re
 
 
 @click.command()
-@click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
+@databases_option
 @click.option("--json", "as_json", is_flag=True, help="A list of {database, level, subject, message, cure}.")
 @pass_app
 def check(app: App, names: tuple[str, ...], as_json: bool) -> None:

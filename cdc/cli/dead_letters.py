@@ -22,10 +22,11 @@ from rich.table import Table
 from cdc import dead_letters as letters
 from cdc import outbox
 from cdc.cli.app import App, Place, pass_app
-from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, age, console, plain, print_table
+from cdc.cli.several import check_sink, each, ring
+from cdc.cli.terminal import EXIT_FAILURE, age, console, plain, print_table
 from cdc.connection import Connection
 from cdc.dead_letters import Found, Selection
-from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
+from cdc.errors import CdcError
 from cdc.event import quote, split_object
 from cdc.options import Duration, split
 
@@ -153,13 +154,13 @@ class _Look:
 
     def each(self, work: Callable[[str, Connection], None], names: Sequence[str] | None = None) -> None:
         """Do something in each database, or those named."""
-        for name in self.names if names is None else names:
-            try:
-                with Connection(self._places[name].dsn, purpose="dead-letters") as connection:
-                    work(name, connection)
-            except CdcError as error:
-                click.echo(f"error: {name}: {error}", err=True)
-                self.code = max(self.code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
+
+        def do(name: str, place: Place) -> tuple[str, ...]:
+            with Connection(place.dsn, purpose="dead-letters") as connection:
+                work(name, connection)
+            return ()
+
+        self.code = max(self.code, each(self._places, self.names if names is None else names, do))
 
     def find(self, meant: _Meant, *, whole: bool = False, beyond: int = 0) -> dict[str, list[Found]]:
         """The letters that are meant, by database; `beyond` more than the limit, to know that there are."""
@@ -172,12 +173,6 @@ class _Look:
 
         self.each(work)
         return found
-
-    def ring(self, name: str, connection: Connection) -> None:
-        """Let the daemon notice at once; it would by itself within seconds."""
-        options = self._app.config.databases[name]
-        if options.notify != "off":
-            outbox.ring(connection, options.channel)
 
 
 @contextmanager
@@ -219,7 +214,7 @@ def list_(app: App, /, sink: str | None, as_json: bool, **options: Any) -> None:
         elif rows:
             _print_list(rows)
         else:
-            _check_sink(app, sink)
+            check_sink(app, sink)
         if any(len(here) > (meant.limit or 0) for here in found.values()):
             click.echo(f"there are more than {meant.limit} of a database (--limit N)", err=True)
 
@@ -339,17 +334,11 @@ def _iso(moment: datetime) -> str:
 
 def _nothing(app: App, meant: _Meant) -> None:
     """Say that nothing was found; that is a failure where somebody named what he was looking for."""
-    _check_sink(app, meant.selection.sink)
+    check_sink(app, meant.selection.sink)
     of = f" of sink {meant.selection.sink}" if meant.selection.sink else ""
     click.echo(f"no dead letter{of} is meant (cdc dead-letters list shows those there are)", err=True)
     if meant.selection.event_ids:
         sys.exit(EXIT_FAILURE)
-
-
-def _check_sink(app: App, sink: str | None) -> None:
-    """Where a sink has no dead letter, there should at least be such a sink."""
-    if sink is not None and sink not in app.config.sinks:
-        raise ConfigError([f"no sink {sink} in the configuration (known: {', '.join(app.config.sinks)})"])
 
 
 # -- replaying and discarding -----------------------------------------------------------------------------------
@@ -387,7 +376,7 @@ def replay(app: App, /, sink: str, as_json: bool, edit: bool, wait: bool, **opti
             else:
                 ids = [letter.id for letter in found[name]]
                 letters.want(connection, sink, ids)
-            look.ring(name, connection)
+            ring(app, name, connection)
             asked.tell(name, connection, ids)
 
         look.each(work, list(found))
@@ -503,7 +492,7 @@ def discard(app: App, /, sink: str, as_json: bool, yes: bool, **options: Any) ->
 
         def work(name: str, connection: Connection) -> None:
             gone = letters.discard(connection, sink, [letter.id for letter in found[name]])
-            look.ring(name, connection)
+            ring(app, name, connection)
             shape.append({"database": name, "sink": sink, "discarded": gone})
             if not as_json:
                 click.echo(f"{name}: {_letters(gone)} of sink {sink} discarded")

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sqlalchemy import Connection as SqlConnection
 
 from cdc import installer, inventory, planner
-from cdc.cli.app import App, Place, pass_app
+from cdc.cli.app import App, Place, databases_option, pass_app
 from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, byte_size, plain
 from cdc.errors import CdcError, DatabaseUnreachable, InstallError
 from cdc.planner import Step
@@ -38,7 +38,7 @@ _NOT_BEGUN = "not begun"
 
 
 @click.command()
-@click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
+@databases_option
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would change, and what it would wait for.")
 @click.option("--sql", "as_sql", is_flag=True, help="Write the script of one database, for a DBA to run.")
 @click.option("--schema-only", is_flag=True, help="Leave the triggers to your own migrations; tables may be missing.")

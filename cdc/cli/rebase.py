@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import click
 
 from cdc import outbox
-from cdc.cli.app import App, pass_app
+from cdc.cli.app import App, Place, databases_option, pass_app
+from cdc.cli.several import each
 from cdc.connection import Connection
-from cdc.errors import CdcError
 
 
 @click.command()
-@click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
+@databases_option
 @pass_app
 def rebase(app: App, names: tuple[str, ...]) -> None:
     """Give the sinks of a database that was restored from a dump positions that mean something there.
@@ -23,19 +24,15 @@ def rebase(app: App, names: tuple[str, ...]) -> None:
     are good is left alone.
     """
     selected = app.select(names)
-    failed = False
+
+    def do(name: str, place: Place) -> Iterator[str]:
+        with Connection(place.migrate_dsn, purpose="rebase") as connection:
+            moved = outbox.moved_sinks(connection)
+            if not moved:
+                yield f"{name}: the positions are good, nothing to do"
+                return
+            pending = outbox.rebase(connection)
+        yield f"{name}: rebased {', '.join(moved)}; {pending} events are to be delivered"
+
     with app.places(selected) as places:
-        for name in selected:
-            try:
-                with Connection(places[name].migrate_dsn, purpose="rebase") as connection:
-                    moved = outbox.moved_sinks(connection)
-                    if not moved:
-                        click.echo(f"{name}: the positions are good, nothing to do")
-                        continue
-                    pending = outbox.rebase(connection)
-            except CdcError as error:
-                click.echo(f"error: {name}: {error}", err=True)
-                failed = True
-                continue
-            click.echo(f"{name}: rebased {', '.join(moved)}; {pending} events are to be delivered")
-    sys.exit(1 if failed else 0)
+        sys.exit(each(places, selected, do))

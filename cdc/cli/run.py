@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -46,7 +47,7 @@ def run(app: App, first_migrate: bool, until_idle: bool) -> None:
             crashpoints.arm(spec)
         except ValueError as error:
             raise click.UsageError(f"CDC_CRASH_AT: {error}") from None
-    console = Console()
+    console = Console(app.path)
     daemon: Daemon | None = None
 
     def plan(places: Mapping[str, Place]) -> Plan:
@@ -103,9 +104,10 @@ def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
 
 
 class Console(contextlib.AbstractContextManager["Console"]):
-    """The HTTP server as the configuration wants it; gone when this is left."""
+    """The HTTP server as the configuration at `path` wants it; gone when this is left."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._config: HttpConfig | None = None
         self._server: Server | None = None
         self._pages: Pages | None = None
@@ -117,7 +119,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
                 import prometheus_client  # noqa: F401
                 import waitress  # noqa: F401
             except ImportError:
-                raise ConfigError([MISSING]) from None
+                raise ConfigError([f"{self._path}: {MISSING}"]) from None
 
     def show(self, fleet: Fleet, config: HttpConfig | None) -> None:
         """Serve what runs, in place of what was served before; None: nothing."""

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 
 import click
 
-from cdc import inventory, outbox
-from cdc.cli.app import App, pass_app
-from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE
+from cdc import outbox
+from cdc.cli.app import App, Place, databases_option, pass_app
+from cdc.cli.several import each, fed_from, ring
 from cdc.connection import Connection
 from cdc.decoding import OPS
-from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
+from cdc.errors import CdcError, ConfigError
 from cdc.options import matches
 
 _PATIENCE = 10.0
@@ -25,14 +25,9 @@ def sinks() -> None:
     """Pause and resume sinks, and manage their positions."""
 
 
-_databases = click.option(
-    "-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated."
-)
-
-
 @sinks.command()
 @click.argument("sink")
-@_databases
+@databases_option
 @pass_app
 def pause(app: App, sink: str, names: tuple[str, ...]) -> None:
     """Let SINK deliver nothing until it is resumed, whichever daemon serves it.
@@ -45,44 +40,28 @@ def pause(app: App, sink: str, names: tuple[str, ...]) -> None:
 
 @sinks.command()
 @click.argument("sink")
-@_databases
+@databases_option
 @pass_app
 def resume(app: App, sink: str, names: tuple[str, ...]) -> None:
     """Let SINK go on where it was paused."""
     _set_paused(app, sink, names, paused=False)
 
 
-def _selected(app: App, sink: str, names: tuple[str, ...]) -> list[str]:
-    """The databases that are meant, of those the sink delivers from. Raises ConfigError when there is none."""
-    if sink not in app.config.sinks:
-        known = ", ".join(app.config.sinks)
-        raise ConfigError([f"no sink {sink} in the configuration (known: {known})"])
-    selected = [name for name in app.select(names) if sink in inventory.sinks_of(app.config, name)]
-    if not selected:
-        raise ConfigError([f"sink {sink} does not deliver from {', '.join(names)} (see its key databases)"])
-    return selected
-
-
 def _set_paused(app: App, sink: str, names: tuple[str, ...], *, paused: bool) -> None:
-    selected = _selected(app, sink, names)
-    code = 0
+    selected = fed_from(app, sink, names)
+
+    def do(name: str, place: Place) -> Iterator[str]:
+        with Connection(place.dsn, purpose="pause" if paused else "resume") as connection:
+            if not outbox.set_paused(connection, sink, paused=paused):
+                raise CdcError(f"sink {sink} has no position yet (run cdc migrate)")
+            ring(app, name, connection)
+            standing = outbox.attendance(connection, sink)
+        served = standing is not None and standing[0] is not None
+        nobody = "" if served else " (no daemon serves it at the moment)"
+        yield f"{name}: sink {sink} is {'paused' if paused else 'resumed'}{nobody}"
+
     with app.places(selected) as places:
-        for name in selected:
-            try:
-                with Connection(places[name].dsn, purpose="pause" if paused else "resume") as connection:
-                    if not outbox.set_paused(connection, sink, paused=paused):
-                        raise CdcError(f"sink {sink} has no position yet (run cdc migrate)")
-                    if app.config.databases[name].notify != "off":
-                        outbox.ring(connection, app.config.databases[name].channel)
-                    standing = outbox.attendance(connection, sink)
-            except CdcError as error:
-                click.echo(f"error: {name}: {error}", err=True)
-                code = max(code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
-                continue
-            served = standing is not None and standing[0] is not None
-            nobody = "" if served else " (no daemon serves it at the moment)"
-            click.echo(f"{name}: sink {sink} is {'paused' if paused else 'resumed'}{nobody}")
-    sys.exit(code)
+        sys.exit(each(places, selected, do))
 
 
 def _target(context: click.Context, parameter: click.Parameter, value: str) -> str | datetime:
@@ -106,7 +85,7 @@ def _target(context: click.Context, parameter: click.Parameter, value: str) -> s
 )
 @click.option("--table", "tables", multiple=True, metavar="TABLE", help="Only its events again; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Say how many events would come, and change nothing.")
-@_databases
+@databases_option
 @pass_app
 def rewind(
     app: App, *, sink: str, target: str | datetime, tables: tuple[str, ...], dry_run: bool, names: tuple[str, ...]
@@ -116,20 +95,14 @@ def rewind(
     Events come again under their old ids and in their old order, up to where the sink stands, and then the rest. With
     --table those of other tables are left out until then; the stream waits meanwhile.
     """
-    code = 0
-    selected = _selected(app, sink, names)
+    selected = fed_from(app, sink, names)
+
+    def do(name: str, place: Place) -> Iterator[str]:
+        with Connection(place.dsn, purpose="rewind") as connection:
+            yield from _rewind(app, connection, name, sink=sink, target=target, tables=tables, dry_run=dry_run)
+
     with app.places(selected) as places:
-        for name in selected:
-            try:
-                with Connection(places[name].dsn, purpose="rewind") as connection:
-                    for line in _rewind(
-                        app, connection, name, sink=sink, target=target, tables=tables, dry_run=dry_run
-                    ):
-                        click.echo(line)
-            except CdcError as error:
-                click.echo(f"error: {name}: {error}", err=True)
-                code = max(code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
-    sys.exit(code)
+        sys.exit(each(places, selected, do))
 
 
 def _destination(
@@ -197,8 +170,7 @@ def _rewind(
         yield f"{name}: {said}"
         return
     let_go = outbox.rewind(connection, sink, position, meant if tables else None, patience=_PATIENCE)
-    if app.config.databases[name].notify != "off":
-        outbox.ring(connection, app.config.databases[name].channel)
+    ring(app, name, connection)
     yield f"{name}: sink {sink} is rewound; {said}"
     if not let_go:
         yield f"{name}: {at.owner} has a batch in hand that may still come in between"
@@ -208,7 +180,7 @@ def _rewind(
 
 @sinks.command()
 @click.argument("sink")
-@_databases
+@databases_option
 @click.option(
     "--dead-letters", is_flag=True, help="Discard the sink's dead letters too; without it they are in the way."
 )
@@ -221,22 +193,21 @@ def forget(app: App, sink: str, names: tuple[str, ...], dead_letters: bool) -> N
     if sink in app.config.sinks:
         raise ConfigError([f"sink {sink} is in the configuration, and would start anew (remove it there first)"])
     selected = app.select(names)
-    forgotten, failed = 0, False
+    forgotten = 0
+
+    def do(name: str, place: Place) -> Iterator[str]:
+        nonlocal forgotten
+        with Connection(place.dsn, purpose="forget") as connection:
+            position = next((s for s in outbox.sink_statuses(connection) if s.name == sink), None)
+            if position is None:
+                return
+            outbox.forget_sink(connection, sink, dead_letters=dead_letters)
+        forgotten += 1
+        pending = f"{position.pending}{'+' if position.capped else ''}"
+        yield f"{name}: sink {sink} is forgotten, with {pending} pending events"
+
     with app.places(selected) as places:
-        for name in selected:
-            try:
-                with Connection(places[name].dsn, purpose="forget") as connection:
-                    position = next((s for s in outbox.sink_statuses(connection) if s.name == sink), None)
-                    if position is None:
-                        continue
-                    outbox.forget_sink(connection, sink, dead_letters=dead_letters)
-            except CdcError as error:
-                click.echo(f"error: {name}: {error}", err=True)
-                failed = True
-                continue
-            forgotten += 1
-            pending = f"{position.pending}{'+' if position.capped else ''}"
-            click.echo(f"{name}: sink {sink} is forgotten, with {pending} pending events")
-    if not forgotten and not failed:
+        code = each(places, selected, do)
+    if not forgotten and code == 0:
         raise CdcError(f"no database has a position of sink {sink} (cdc status shows those there are)")
-    sys.exit(1 if failed else 0)
+    sys.exit(code)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cdc import diagnosis
 from cdc.backfill import Backfill
-from cdc.cli.app import App, pass_app
+from cdc.cli.app import App, databases_option, pass_app
 from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain, print_table
 from cdc.diagnosis import DatabaseStatus, SinkLine, is_silent
 from cdc.outbox import OpenTransaction
@@ -34,7 +34,7 @@ _NUMBERS = ("pending", "lag", "last delivery", "dead letters")
 
 
 @click.command()
-@click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
+@databases_option
 @click.option("--json", "as_json", is_flag=True, help='{"databases": {DB: {"state", …, "sinks": {SINK: {…}}}}}')
 @pass_app
 def status(app: App, names: tuple[str, ...], as_json: bool) -> None:

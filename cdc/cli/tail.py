@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from cdc.cli.app import App, pass_app
+from cdc.cli.app import App, databases_option, pass_app
 from cdc.cli.screen import line
 from cdc.cli.terminal import console, plain
 from cdc.connection import Connection
@@ -30,7 +30,7 @@ WAITING = 10
 
 @click.command()
 @click.argument("tables", nargs=-1, metavar="[TABLE]…")
-@click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
+@databases_option
 @click.option("-n", "--last", type=click.IntRange(0, 100_000), default=0, help="Begin with so many of what is kept.")
 @click.option("--json", "as_json", is_flag=True, help="One event a line, in the native format.")
 @pass_app

@@ -7,7 +7,7 @@ import sys
 import click
 
 from cdc import installer
-from cdc.cli.app import App, Place, pass_app
+from cdc.cli.app import App, Place, databases_option, pass_app
 from cdc.cli.migrate import EXIT_INTERRUPTED, Fleet
 from cdc.cli.terminal import EXIT_FAILURE
 from cdc.connection import Connection
@@ -15,7 +15,7 @@ from cdc.installer import Change
 
 
 @click.command()
-@click.option("-d", "--database", "names", multiple=True, metavar="DB", help="Only this one; may be repeated.")
+@databases_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--force", is_flag=True, help="Even while a daemon serves it.")
 @pass_app

@@ -104,6 +104,7 @@ def test_a_bug_that_quotes_a_row_is_told_by_its_place(project: Project, connect:
         "from cdc.cli import main\n"
         "from cdc.sinks.file import FileSink\n"
         "from cdc.keeper import Keeper\n"
+        "from cdc.listener import Listener\n"
         "def deliver(self, batch):\n"
         "    raise ValueError(f'cannot take {batch[0].after.raw}')\n"
         "FileSink.deliver = deliver\n"
@@ -112,14 +113,18 @@ def test_a_bug_that_quotes_a_row_is_told_by_its_place(project: Project, connect:
         "    if rows:\n"
         "        raise KeyError(rows)\n"
         "Keeper._measure = measure\n"
+        "def listen(self):\n"
+        f"    raise KeyError({ROW!r})\n"
+        "Listener.run = listen\n"
         "main()\n"
     )
     with project.daemon(program=[sys.executable, program]) as daemon:
         fetch(connect(project.dsn), "insert into orders values (%s, %s)", (ROW, ROW))
         daemon.wait_until_it_says("The sink raised what it should not; retrying.")
+        daemon.wait_until_it_says("The keeper failed as it should not; starting again.")
         daemon.wait_until_it_says("A thread has ended as it should not.")
         assert "exception=ValueError" in daemon.said()
-        assert "buggy.py:6" in daemon.said()
+        assert "buggy.py:7" in daemon.said()
         everything_it_says(project, daemon.log)
 
 

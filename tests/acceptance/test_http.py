@@ -170,6 +170,7 @@ def test_a_daemon_whose_clock_is_wrong_measures_by_the_servers(project: Project,
     writer = connect(project.dsn)
     clock = {"LD_PRELOAD": str(library), "FAKETIME": f"{offset}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     with project.daemon(environment=clock):
+        until(lambda: "cdc_clock_offset_seconds" + DATABASE in metrics(port), "the server's clock is known")
         for number in range(20):
             fetch(writer, "insert into orders values (%s, 'x')", (number,))
         until(lambda: metrics(port)["cdc_commit_to_ack_seconds_count" + SINK] == 20, "all are acknowledged")
