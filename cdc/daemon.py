@@ -121,7 +121,8 @@ class Daemon:
 
         Raises:
             DatabaseUnreachable: no database could be reached at the start (with until_idle: not all of them).
-            CdcError: a database cannot be served, every sink has stopped for good, or some have not ended in time.
+            CdcError: a database cannot be served; with until_idle: a sink that is behind has stopped for good; no
+                pipeline is left, and not because sinks have stopped; or some have not ended in time.
         """
         unreachable: list[str] = []
         for database, error in self._prepare_all(self._wanted):
@@ -422,10 +423,15 @@ class Daemon:
         return bool(behind)
 
     def _check_alive(self) -> None:
-        """Raise when no pipeline is left that could deliver anything."""
+        """Raise when no pipeline is left, and a new start may heal that.
+
+        A sink that has stopped is not healed by one: it waits for somebody, and is there to be seen until then.
+        """
         pipelines = self.fleet.pipelines()
-        if pipelines and not any(pipeline.is_alive() for pipeline in pipelines):
-            raise CdcError("; ".join(f"{p.name}: {p.stopped_because or 'ended'}" for p in pipelines))
+        if any(pipeline.is_alive() for pipeline in pipelines):
+            return
+        if ended := [pipeline.name for pipeline in pipelines if not pipeline.stopped_because]:
+            raise CdcError(f"ended as they should not: {', '.join(ended)}")
 
     def _join(self) -> None:
         ends = time.monotonic() + self.fleet.config.stop_timeout

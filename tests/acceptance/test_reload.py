@@ -79,6 +79,30 @@ def test_only_the_pipeline_whose_configuration_changed_restarts(project: Project
         assert (served(daemon, "mirror"), served(daemon, "other")) == (1, 2)
 
 
+def test_a_daemon_all_of_whose_sinks_have_stopped_is_there_to_be_seen_until_one_is_mended(
+    project: Project, connect: Connect
+) -> None:
+    del project.content["sinks"]["other"]
+    mirror = project.content["sinks"]["mirror"]
+    good, mirror["path"] = mirror["path"], str(project.directory / ("x" * 300))
+    mirror["on_permanent_failure"] = "stop"
+    project.write()
+    writer = connect(project.dsn)
+    port = int(str(project.content["http"]["listen"]).rpartition(":")[2])
+    with project.daemon() as daemon:
+        fetch(writer, "insert into orders values (1, 1)")
+        daemon.wait_until_it_says("The sink is stopped.")
+        time.sleep(2.0)  # two looks of the main thread
+        assert daemon.process.poll() is None
+        assert daemon.said().count("The sink is stopped.") == 1
+        assert get(port, "/readyz").status == 503
+        assert metrics(port)['cdc_sink_state{database="shop",sink="mirror",state="stopped"}'] == 1
+        mirror["path"] = good
+        reload(daemon, project)
+        until(lambda: lines(project.directory / "orders.jsonl") == 1, "it delivers")
+        assert daemon.drain() == 0
+
+
 def test_a_model_that_is_named_by_a_reload_counts_from_then_on(project: Project, connect: Connect) -> None:
     model = "from pydantic import BaseModel, Field\n\n\nclass Order(BaseModel):\n    n: int = Field(gt=0)\n"
     (project.directory / "reloaded_models.py").write_text(model)
