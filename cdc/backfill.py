@@ -382,7 +382,7 @@ class Backfill:
             return 1.0
         if not self.estimate:
             return 0.0
-        return min(self.rows_read / max(self.estimate, self.rows_read + 1), 1.0)
+        return min(self.rows_read / self.estimate, 0.99)  # the planner may have thought of fewer rows than there are
 
     @property
     def speed(self) -> float | None:
@@ -394,9 +394,9 @@ class Backfill:
     @property
     def remaining(self) -> float | None:
         """Seconds it will take, if it goes on as it has; None: not known."""
-        if self.state != "running" or self.speed is None or not self.estimate:
+        if self.state != "running" or self.speed is None or not self.estimate or self.rows_read >= self.estimate:
             return None
-        return max(self.estimate - self.rows_read, 0) / self.speed
+        return (self.estimate - self.rows_read) / self.speed
 
     def to_json(self) -> dict[str, Any]:
         """As ``cdc backfill status --json`` prints it."""
