@@ -87,8 +87,6 @@ def read(path: Path, findings: Findings) -> dict[str, object]:
         line = content.count(b"\n", 0, error.start)
         column = error.start - (content.rfind(b"\n", 0, error.start) + 1)
         raise Unreadable("not UTF-8 (save the file as UTF-8)", (line, column)) from None
-    if not any(letter in text for letter in _SHIELD):
-        text = _REFERENCE.sub(rf"${_SHIELD[0]}\1{_SHIELD[1]}", text)
     try:
         return _Reader(text, findings).document()
     except YAMLError as error:
@@ -101,6 +99,10 @@ class _Reader:
     """Builds plain dicts, tuples and scalars from parser events, and notes places and structural findings."""
 
     def __init__(self, text: str, findings: Findings) -> None:
+        self._braces: dict[int, str] = {}
+        if not any(letter in text for letter in _SHIELD):  # else they mean themselves
+            text = _REFERENCE.sub(rf"${_SHIELD[0]}\1{_SHIELD[1]}", text)
+            self._braces = _BRACES
         self._text = text
         self._findings = findings
         # One instance per file: a %YAML line changes the rules of the instance that reads it.
@@ -207,7 +209,7 @@ class _Reader:
             return BROKEN
 
     def _text_of(self, event: ScalarEvent, path: KeyPath) -> str:
-        text = str(event.value).translate(_BRACES)
+        text = str(event.value).translate(self._braces)
         # Only escapes in double quotes get here; raw ones are refused by the reader.
         if re.search("[\x00\ud800-\udfff]", text):
             self._findings.settle(path, r"a NUL or half a character (remove the \0 or \ud800 escape)")

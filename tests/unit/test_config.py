@@ -352,6 +352,12 @@ def test_variables_need_no_quotes_between_braces_and_brackets() -> None:
     assert loaded.databases["shop"].tables["public.orders"].image == "full"
 
 
+def test_letters_of_private_use_in_a_value_mean_themselves() -> None:
+    odd = "b\ue000\ue001"
+    loaded = load(with_table(f'{{key: [{odd}, "${{A}}"]}}'), {"A": "a"})
+    assert loaded.databases["shop"].tables["public.orders"].key == (odd, "a")
+
+
 @pytest.mark.parametrize("wrong", ["${", "${NAME", "${}", "${1}", "${NA-ME}", "${NAME-x}", "${A:-${B}}", "x${ y}"])
 def test_a_malformed_variable_is_an_error_that_does_not_show_the_value(wrong: str) -> None:
     text = with_database(f"dsn: host=db1\nchannel: 'CANARY{wrong}'\ntables: {{public.orders: }}")
