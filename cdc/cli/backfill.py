@@ -21,9 +21,9 @@ from cdc import outbox
 from cdc.backfill import Backfill, State
 from cdc.cli.app import App, Place, databases_option, pass_app
 from cdc.cli.several import each, fed_from, ring
-from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, age, console, plain, print_table
+from cdc.cli.terminal import age, console, plain, print_table
 from cdc.connection import Connection
-from cdc.errors import CdcError, DatabaseUnreachable
+from cdc.errors import CdcError
 from cdc.options import matches, split
 
 _COLUMNS = ("database", "sink", "table", "state", "done", "rows", "of about", "rows/s", "left")
@@ -126,14 +126,13 @@ def status(app: App, sink: str | None, names: tuple[str, ...], watch: bool, as_j
 
         def look() -> tuple[dict[str, list[Backfill]], int]:
             found: dict[str, list[Backfill]] = {}
-            code = 0
-            for name in selected:
-                try:
-                    with Connection(places[name].dsn, purpose="backfill") as connection:
-                        found[name] = rows.backfills(connection, sink)
-                except CdcError as error:
-                    click.echo(f"error: {name}: {error}", err=True)
-                    code = max(code, EXIT_UNREACHABLE if isinstance(error, DatabaseUnreachable) else EXIT_FAILURE)
+
+            def ask(name: str, place: Place) -> tuple[str, ...]:
+                with Connection(place.dsn, purpose="backfill") as connection:
+                    found[name] = rows.backfills(connection, sink)
+                return ()
+
+            code = each(places, selected, ask)
             return found, code
 
         found, code = look()

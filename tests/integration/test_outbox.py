@@ -120,31 +120,6 @@ def position_row(conn: connection) -> tuple[Any, ...]:
     return fetch(conn, "select xmin, ctid, p.* from cdc.position p")[0]
 
 
-def test_what_an_unreadable_answer_has_acknowledged_is_not_acknowledged_again(
-    shop: connection, session: Callable[[], connection], read: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server may send a byte that is no character; by then what came before is acknowledged."""
-    early = session()
-    fetch(early, "insert into item values (1, 0)")
-    fetch(shop, "insert into item values (2, 0)")
-    reader = read()
-    page = reader.page()
-    assert ids(page) == [2]
-    early.commit()  # with a lower seq than what is acknowledged now, in a window of its own
-    real, failures = reader.connection._run, ["the first answer"]
-
-    def run(sql: str, parameters: Any) -> list[tuple[Any, ...]]:
-        rows = real(sql, parameters)
-        if "cdc.next_batch" in sql and failures:
-            failures.clear()
-            raise Undecodable("the answer holds bytes that are no characters")
-        return rows
-
-    monkeypatch.setattr(reader.connection, "_run", run)
-    assert ids(reader.page(page[-1].source.seq)) == [1]
-    assert not failures
-
-
 # -- an idle look -------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +508,31 @@ def test_two_sinks_go_their_own_ways(shop: connection, read: Callable[..., Reade
     assert ids(one.everything()) == [5]
     assert ids(late.everything()) == [5]
     assert ids(two.everything()) == [1, 2, 3, 4, 5]
+
+
+def test_what_an_unreadable_answer_has_acknowledged_is_not_acknowledged_again(
+    shop: connection, session: Callable[[], connection], read: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may send a byte that is no character; by then what came before is acknowledged."""
+    early = session()
+    fetch(early, "insert into item values (1, 0)")
+    fetch(shop, "insert into item values (2, 0)")
+    reader = read()
+    page = reader.page()
+    assert ids(page) == [2]
+    early.commit()  # with a lower seq than what is acknowledged now, in a window of its own
+    real, failures = reader.connection._run, ["the first answer"]
+
+    def run(sql: str, parameters: Any) -> list[tuple[Any, ...]]:
+        rows = real(sql, parameters)
+        if "cdc.next_batch" in sql and failures:
+            failures.clear()
+            raise Undecodable("the answer holds bytes that are no characters")
+        return rows
+
+    monkeypatch.setattr(reader.connection, "_run", run)
+    assert ids(reader.page(page[-1].source.seq)) == [1]
+    assert not failures
 
 
 # -- large windows ------------------------------------------------------------------------------------------------

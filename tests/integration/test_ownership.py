@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -75,6 +76,17 @@ def fall_silent(look: connection, one: Daemon) -> None:
            $$""",
         (one.owner.process, LEASE + 1),
     )
+
+
+@contextlib.contextmanager
+def at_work(keeper: Keeper) -> Iterator[None]:
+    """A keeper's thread, for as long as this is entered."""
+    keeper.start()
+    try:
+        yield
+    finally:
+        keeper.stop()
+        keeper.join(10)
 
 
 def test_whoever_comes_first_has_it_and_the_second_waits(daemon: Callable[[int], Daemon]) -> None:
@@ -192,17 +204,13 @@ def test_the_keeper_is_heard_and_rotates_and_raises_the_alarm(
     monkeypatch.setattr("cdc.keeper.BEAT", 0.02)
     caplog.set_level("INFO")
     keeper = Keeper(installed, database="shop", process=5, retention=0.0, alarm=1)
-    keeper.start()
     speaking = """select max(state_change) from pg_stat_activity a join pg_locks l using (pid)
                    where l.classid = 6513766 and l.objid = 5"""
-    try:
+    with at_work(keeper):
         until(lambda: value(look, speaking) is not None, "it is there")
         before = value(look, speaking)
         until(lambda: value(look, speaking) > before, "it speaks")
         until(lambda: "The outbox has grown beyond its alarm." in caplog.text, "the alarm")
-    finally:
-        keeper.stop()
-        keeper.join(10)
     assert not keeper.is_alive()
     assert caplog.text.count("beyond its alarm") == 1
 
@@ -224,12 +232,8 @@ def test_the_keeper_leaves_it_to_the_others_to_be_heard_but_not_for_long(
     keeper = Keeper(
         installed, database="shop", process=5, retention=60.0, alarm=2**40, others_silent_for=lambda: others_silent_for
     )
-    keeper.start()
-    try:
+    with at_work(keeper):
         until(lambda: len(spoke) >= 4, "it speaks all the same")
-    finally:
-        keeper.stop()
-        keeper.join(10)
     pauses = [later - earlier for earlier, later in itertools.pairwise(spoke)]
     assert min(pauses) >= least
     if others_silent_for > 0:
@@ -249,15 +253,11 @@ def test_work_that_takes_too_long_costs_the_keeper_neither_its_voice_nor_its_ses
         return []
 
     keeper = Keeper(installed, database="shop", process=5, retention=60.0, alarm=2**40, find_drift=slow)
-    keeper.start()
-    try:
+    with at_work(keeper):
         until(lambda: len(tried) >= 3, "it tries again")
         assert len(set(tried)) == 1
         assert time.monotonic() - keeper.heard_at < 2.0
         assert keeper.trouble == ""
-    finally:
-        keeper.stop()
-        keeper.join(10)
     assert caplog.text.count("The keeper has no time for its work.") == 1
 
 
@@ -272,31 +272,23 @@ def test_the_keeper_outlives_what_nobody_expected(
             raise failures.pop()
 
     keeper = Keeper(installed, database="shop", process=5, retention=60.0, alarm=2**40, watch=watch)
-    keeper.start()
-    try:
+    with at_work(keeper):
         until(lambda: "The keeper failed as it should not" in caplog.text, "it fails")
         failed_at = time.monotonic()
         until(lambda: keeper.heard_at > failed_at and not keeper.trouble, "and goes on")
-    finally:
-        keeper.stop()
-        keeper.join(10)
 
 
 def test_figures_are_fresh_while_somebody_asks(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("BEAT", 0.02), ("MEASURING", 60.0), ("WATCHED", 0.2), ("ASKED_FOR", 60.0), ("FRESH", 0.0)):
         monkeypatch.setattr(f"cdc.keeper.{name}", seconds)
     keeper = Keeper(installed, database="shop", process=5, retention=60.0, alarm=2**40)
-    keeper.start()
-    try:
+    with at_work(keeper):
         until(lambda: keeper.measured_at > 0, "it measures once")
         first = keeper.measured_at
         time.sleep(0.4)
         assert keeper.measured_at == first
         keeper.ask()
         until(lambda: keeper.measured_at > first + 0.6, "again and again")
-    finally:
-        keeper.stop()
-        keeper.join(10)
 
 
 def test_what_the_keeper_may_leave_out_is_well_within_the_lease() -> None:
@@ -323,8 +315,7 @@ def test_a_running_daemon_says_that_triggers_differ_and_when_they_are_right_agai
         alarm=2**40,
         find_drift=lambda connection: diagnosis.find_drift(connection, options),
     )
-    keeper.start()
-    try:
+    with at_work(keeper):
         for spoil, sentence in (
             ('drop trigger "00_cdc_capture" on one', "public.one: trigger differs from the configuration"),
             ('alter table two disable trigger "00_cdc_capture"', "public.two: trigger is disabled"),
@@ -334,9 +325,6 @@ def test_a_running_daemon_says_that_triggers_differ_and_when_they_are_right_agai
             until(lambda: any(sentence in told for told in keeper.drift), sentence)  # noqa: B023  # called at once
         project.cdc("migrate")
         until(lambda: not keeper.drift, "all is well again")
-    finally:
-        keeper.stop()
-        keeper.join(10)
     said = [record.getMessage() for record in caplog.records if "configuration says" in record.getMessage()]
     assert said[-1] == "The triggers are what the configuration says again."
     assert 1 < len(said) <= 7
