@@ -222,6 +222,7 @@ def test_the_token_is_asked_for_checked_and_kept_in_the_tab_only(browser: Chrome
         field.send_keys("not the right one at all")
         click(browser, "#token-ok")
         until(lambda: "needs the token" in text(browser, "#token-error"), "it says no")
+        assert text(browser, "#tail-note") == "Starting…"
         field.clear()
         field.send_keys(TOKEN)
         click(browser, "#token-ok")

@@ -401,7 +401,7 @@ function showLetter(letter, open) {
 
 // -- live tail -----------------------------------------------------------------------------------------------------
 
-const tail = { on: false, after: null, events: [], timer: 0 };
+const tail = { on: false, run: 0, after: null, events: [], timer: 0 };
 
 function text(raw) { // a JSON value without the quotes a person does not need
   if (raw.startsWith('"') && raw.endsWith('"')) {
@@ -448,18 +448,21 @@ function drawTail() {
 }
 
 async function readTail() {
-  clearTimeout(tail.timer);
-  if (!tail.on) return;
+  const run = tail.run;
+  const over = () => run !== tail.run; // stopped, perhaps started again, while the daemon was asked
   try {
     const answer = await ask(`api/tail${tail.after === null ? "" : `?after=${tail.after}`}`);
+    if (over()) return;
+    const first = tail.after === null;
     tail.after = answer.last;
     tail.error = Object.entries(answer.errors).map(([name, error]) => `${name}: ${error}`).join(" · ");
     const fresh = answer.events.map((event) => ({ ...event,
       haystack: [event.database, event.schema, event.table, event.op, ...(event.changed || []), JSON.stringify([event.key, event.before, event.after])].join(" ").toLowerCase() })).reverse();
     if (answer.missed > 0) fresh.push({ gap: answer.missed });
     if (fresh.length) tail.events = [...fresh, ...tail.events].slice(0, TAIL_LINES);
-    if (fresh.length || !tail.events.length || tail.error) drawTail();
+    if (first || fresh.length || !tail.events.length || tail.error) drawTail();
   } catch (error) {
+    if (over()) return;
     if (error.status === 401) {
       if (!(await askForToken())) { toggleTail(false); $("tail-note").textContent = "The tail shows row values here, and needs the token."; return; }
     } else {
@@ -467,14 +470,15 @@ async function readTail() {
       drawTail();
     }
   }
-  tail.timer = setTimeout(readTail, TAIL_EVERY);
+  if (!over()) tail.timer = setTimeout(readTail, TAIL_EVERY);
 }
 
 function toggleTail(on) {
-  tail.on = on;
-  if (on) tail.after = null;
+  clearTimeout(tail.timer);
+  Object.assign(tail, { on, run: tail.run + 1, after: null, error: "" });
   $("tail-toggle").textContent = on ? "Stop" : "Start";
-  if (on) { drawTail(); readTail(); } else { clearTimeout(tail.timer); $("tail-note").textContent = "Stopped."; }
+  $("tail-note").textContent = on ? "Starting…" : "Stopped.";
+  if (on) readTail();
 }
 
 // -- going on ------------------------------------------------------------------------------------------------------
