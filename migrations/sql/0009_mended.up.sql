@@ -1,4 +1,85 @@
--- cdc, revision 0009: what was found wrong with going back, with moving to another cluster, and with json.
+-- cdc, revision 0009: what was found wrong with giving space back while many read, with going back, with moving to another
+-- cluster, and with json.
+
+-- cdc.rotate(retention): give the outbox's space back. Truncates a child that is not in turn when every sink is past all of
+-- it, its newest event is older than `retention`, and nobody is writing there; then, if the current child has held events
+-- for a third of `retention` and the next one is empty, begins that one by moving the sequence. Does nothing while another
+-- session is at it: two that moved the sequence could move it back.
+-- Only a child that can be emptied is locked, one in a call, and the lock is waited for briefly: readers hold one on all
+-- children whenever they read, and among several that are busy a moment without any need not come. Whoever comes
+-- meanwhile waits as long; a writer does not, because nobody writes into a child whose turn is that long over.
+-- Moments from which on the outbox does not have all any more are no positions to go back to, and are forgotten.
+-- Returns: what was done: 'truncated', 'turned', both, or nothing.   Writes: cdc.event_seq, children of cdc.event, cdc.moment.
+create or replace function cdc.rotate(p_retention interval) returns text[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set lock_timeout = '50ms'
+as $$
+declare
+  -- A turn that is this close to its end is left to end by itself: the sequence must not cross it under our hands.
+  margin constant bigint := 1 << 20;
+  drawn bigint;
+  turn bigint;
+  leaf regclass;
+  newest timestamptz;
+  oldest timestamptz;
+  needed boolean;
+  done text[] := '{}';
+begin
+  if not pg_try_advisory_xact_lock(6513765, 2) then
+    return done;
+  end if;
+  select q.last_value into drawn from cdc.event_seq q;
+  turn := drawn >> 24;
+
+  for ahead in 1..2 loop -- the older one first
+    leaf := format('cdc.event_%s', (turn + ahead) % 3)::regclass;
+    begin
+      for look in 1..2 loop -- without the lock, and with it
+        exit when pg_relation_size(leaf) = 0;
+        execute format('select captured_at from %s order by seq desc limit 1', leaf) into newest;
+        exit when newest >= clock_timestamp() - p_retention;
+        -- Row by row what a position does not show: a transaction that is merely open somewhere keeps nothing.
+        execute format(
+          'select exists (select from cdc.position p
+                           where exists (select from %1$s e where e.txid >= pg_snapshot_xmax(p.snap_lo))
+                              or exists (select from %1$s e
+                                          where e.txid = any (array(select pg_snapshot_xip(p.snap_lo)))))', leaf)
+          into needed;
+        exit when needed;
+        if look = 1 then
+          -- A row not yet committed keeps its writer's lock, so under ours every row there is committed or dead.
+          execute format('lock table %s in access exclusive mode', leaf);
+        else
+          execute format('delete from cdc.moment m where pg_snapshot_xmin(m.snap) <= (select e.txid from %s e order by e.txid desc limit 1)', leaf);
+          execute format('truncate table %s', leaf);
+          done := '{truncated}';
+        end if;
+      end loop;
+    exception when lock_not_available then
+      null; -- a writer has it, or pg_dump
+    end;
+    exit when done <> '{}';
+  end loop;
+
+  leaf := format('cdc.event_%s', (turn + 1) % 3)::regclass;
+  begin
+    if pg_relation_size(leaf) = 0 and (drawn + margin) >> 24 = turn then
+      execute format('select captured_at from cdc.event_%s order by seq limit 1', turn % 3) into oldest;
+      if oldest < clock_timestamp() - p_retention / 3 then
+        perform setval('cdc.event_seq'::regclass, (turn + 1) << 24);
+        done := done || 'turned'::text;
+      end if;
+    end if;
+  exception when lock_not_available then
+    null;
+  end;
+  return done;
+end
+$$;
 
 -- cdc.note_moment(): remember now as a position, unless nothing was recorded since the last one.
 -- Writes: cdc.moment.

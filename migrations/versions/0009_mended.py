@@ -1,4 +1,4 @@
-"""Mended: moments, rewinding past a rotation, rebase after a rewind or during a backfill, updates of blanks in json."""
+"""Mended: giving space back, moments, rewinding past that, rebase after a rewind or in a backfill, blanks in json."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ down_revision = "0008"
 _SQL = Path(__file__).parents[1] / "sql"
 _REPLACED = (
     ("0006_position.up.sql", "function cdc.rebase("),
+    ("0007_backfill.up.sql", "function cdc.rotate("),
     ("0007_backfill.up.sql", "function cdc.note_moment("),
     ("0007_backfill.up.sql", "function cdc.diff("),
     ("0007_backfill.up.sql", "function cdc.rewind("),

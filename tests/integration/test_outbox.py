@@ -1113,6 +1113,8 @@ def test_nothing_is_truncated_while_a_sink_is_behind(
     assert ids(rest) == [2]
     slow.page(rest[-1].source.seq)
     assert rotate() == ["truncated", "turned"]
+    assert counts(shop) == [0, 1, 1]
+    assert rotate() == ["truncated"]
     assert counts(shop) == [0, 0, 1]
 
 
@@ -1188,6 +1190,37 @@ def test_a_reader_there_keeps_a_child_and_nobody_waits(
     assert time.monotonic() - began < 5
     dump.rollback()
     assert rotate() == ["truncated", "turned"]
+
+
+def test_readers_that_are_always_there_do_not_keep_a_child(
+    shop: connection,
+    session: Callable[[], connection],
+    read: Callable[..., Reader],
+    rotate: Callable[..., list[str]],
+) -> None:
+    """One of them always holds a lock on all children, as many busy sinks would; none holds it for long."""
+    reader = read()
+    fill(shop, reader, rotate)
+    looks = [0] * 4
+    done: list[str] = []
+
+    def look(number: int) -> None:
+        conn = session()
+        while not done:
+            fetch(conn, "select pg_sleep(0.01) from (select count(*) from cdc.event) e")
+            conn.rollback()
+            looks[number] += 1
+
+    with ThreadPoolExecutor(4) as pool:
+        looking = pool.map(look, range(4))
+        while min(looks) < 3:
+            time.sleep(0.01)
+        try:
+            done = rotate()
+        finally:
+            done = done or ["failed"]
+    assert list(looking) == [None] * 4
+    assert done == ["truncated", "turned"]
 
 
 def test_a_rolled_back_writer_leaves_nothing_in_the_way(
