@@ -14,9 +14,10 @@ itself, in the order of the source, and learns which one it was: see ``postgres.
 **Rows that are not there.** An insert or read replaces what has its key; a delete of nothing is done. An update under
 ``image: diff`` does not carry the whole row, so without one to apply it to it is refused (``missing_row``).
 
-Columns: what is generated always in the target is left out; identity columns take the source's values. A column that
-the target lacks stops the sink until it is there, because dead letters would have to be replayed row by row
-(``missing_column``). Columns that only the target has keep their values, or get their defaults.
+Columns: what is generated always in the target is left out; identity columns take the source's values, those that are
+generated always only when their row is made: no update may give them one. A column that the target lacks stops the sink
+until it is there, because dead letters would have to be replayed row by row (``missing_column``). Columns that only the
+target has keep their values, or get their defaults.
 """
 
 from __future__ import annotations
@@ -403,7 +404,7 @@ class Mirror:
 
     def _update(self, table: Table, names: Names, rows: list[Row]) -> None:
         r = self._rows(table, rows, tuple(rows[0]))
-        assigned = self._assigned(r, [name for name in rows[0] if name not in names])
+        assigned = self._assigned(r, [name for name in rows[0] if name not in names and not table.columns[name].always])
         target = f"{self._quote(*table.name)} t"
         statement = f"update {target} set {assigned} from {r.sql}" if assigned else f"select 1 from {target}, {r.sql}"
         returning = "returning 1" if assigned else ""
@@ -422,8 +423,10 @@ class Mirror:
             (*o.values, *n.values),
         )
         n = self._rows(table, [new], tuple(new), "n")
+        # A key that is generated always cannot be changed; were it left out, the row would keep it without a word.
+        changed = [name for name in new if not table.columns[name].always or old.get(name, new[name]) != new[name]]
         moved = self._run(
-            f"update {target} set {self._assigned(n, new)} from {o.sql}, {n.sql} where {self._is(o, names)} "
+            f"update {target} set {self._assigned(n, changed)} from {o.sql}, {n.sql} where {self._is(o, names)} "
             "returning 1",
             (*o.values, *n.values),
         )

@@ -28,8 +28,10 @@ nothing happens for `IDLE` seconds is ended by the server, so that a stopped dae
 **All or one by one.** A batch is one transaction and a few statements. If the target refuses it, nothing of it is done,
 and then every event is written behind a savepoint, in the order of the source. What is refused by itself is told by its
 index (permanent: the value or a constraint is against it; transient: a foreign key, a lock), later events of its key
-wait, the rest is committed. What concerns more than an event (connection, rights, a missing table or column, a standby,
-no time) fails the batch as transient, with the reason: somebody can mend it, and dead letters would have to be
+wait, the rest is committed. Deferred constraints are checked before the commit, whose error would be nobody's; if they
+are against it, the events are written once more, and what is deferred is checked at each: a child before its parent
+fails then, and comes again after it. What concerns more than an event (connection, rights, a missing table or column, a
+standby, no time) fails the batch as transient, with the reason: somebody can mend it, and dead letters would have to be
 replayed.
 
 The error texts of PostgreSQL are shown where they cannot quote a row's values.
@@ -45,6 +47,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 
+from psycopg2 import errorcodes
 from psycopg2.errors import lookup
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -112,6 +115,7 @@ _CLAIM = """
 insert into {position} (sink, database, claim) values (%s, %s, %s)
 on conflict (sink, database) do update set claim = excluded.claim, claimed_at = now()
 """
+_CHECK = "set constraints all immediate"
 _STORE = """
 update {position} set source_window = %s, applied = %s, last_id = %s, applied_at = now()
  where sink = %s and database = %s
@@ -255,7 +259,11 @@ class PostgresSink(Sink[PostgresOptions]):
                 self._forget()
                 if not isinstance(error, PermanentFailure | _Refused):
                     raise
-                self._deliver_each(batch)
+                try:
+                    self._deliver_each(batch)
+                except _Refused:
+                    self._forget()
+                    self._deliver_each(batch, checked_at_once=True)
 
     def close(self) -> None:
         session, self._session = self._session, None
@@ -275,20 +283,28 @@ class PostgresSink(Sink[PostgresOptions]):
         """A batch at once, or nothing of it. Raises _Refused, DeliveryError, DatabaseError."""
         with self._transaction() as applied:
             events = [event for event in batch if _mark(event) not in applied]
-            try:
+            with self._may_refuse():
                 self._write(events)
-            except DatabaseError as error:
-                if self._judge(error)[1]:
-                    raise _Refused from None
-                raise
             self._note(applied, events)
 
-    def _deliver_each(self, batch: Sequence[Event]) -> None:
-        """A batch event by event, without what is refused. Raises PartialFailure, DeliveryError, DatabaseError."""
+    def _deliver_each(self, batch: Sequence[Event], *, checked_at_once: bool = False) -> None:
+        """A batch event by event, without what is refused.
+
+        Args:
+            batch: the events.
+            checked_at_once: whether deferred constraints are checked at each event.
+
+        Raises:
+            PartialFailure: the rest is written.
+            _Refused: a deferred constraint is against some of it; nothing is written.
+            DeliveryError, DatabaseError: nothing is written.
+        """
         failures: dict[int, TransientFailure | PermanentFailure] = {}
         waiting = Held()
         written: list[Event] = []
         with self._transaction() as applied:
+            if checked_at_once:
+                self._step(_CHECK)
             for indexes in _units(batch, applied):
                 events = [batch[index] for index in indexes]
                 failure: TransientFailure | PermanentFailure | None = None
@@ -305,6 +321,16 @@ class PostgresSink(Sink[PostgresOptions]):
             self._note(applied, written)
         if failures:
             raise PartialFailure(failures)
+
+    @contextmanager
+    def _may_refuse(self) -> Iterator[None]:
+        """Where an error of the target may be one event's alone. Raises _Refused, DatabaseError."""
+        try:
+            yield
+        except DatabaseError as error:
+            if self._judge(error)[1]:
+                raise _Refused from None
+            raise
 
     def _try(self, events: Sequence[Event]) -> TransientFailure | PermanentFailure | None:
         """Write events that stand or fall together; returns why they were refused."""
@@ -388,10 +414,13 @@ class PostgresSink(Sink[PostgresOptions]):
 
         Raises:
             Fenced: another claim stands in the note.
+            _Refused: a deferred constraint is against what was done.
         """
         self._connected()
         try:
             yield self._start()
+            with self._may_refuse():
+                self._step(_CHECK)
             crashpoints.reached("before-commit")
             self._step("commit")
         except BaseException:
@@ -473,21 +502,31 @@ class PostgresSink(Sink[PostgresOptions]):
             return TransientFailure(f"the target did not finish in {self.options.timeout:g} s ({cure})"), False
         if isinstance(error, DatabaseUnreachable | NotPrimary) or not state:
             return TransientFailure(f"the target: {error}"), False
-        if state == "23503":
-            cure = "what it refers to, or what refers to it, may still come"
+        if state in _FOREIGN_KEY:
+            cure = (
+                "what it refers to, or what refers to it, may still come; if only on a later page, raise batch.events, "
+                "or set replication_role: replica"
+            )
             return TransientFailure(f"the target: {error} ({cure})"), True
-        if state == "55P03":
+        if state in _IN_USE:
             return TransientFailure(f"the target: {error}"), True
-        if kind in _REFUSALS:
+        if kind in _REFUSALS or kind not in _CLASSES:
             return PermanentFailure(f"the target: {_without_values(error)}"), True
         known = _CURES.get(state) or _CURES.get(kind)
         return TransientFailure(f"the target: {error}" + (f" ({known})" if known else "")), False
 
 
+_FOREIGN_KEY: Final = ("23503", "23001")
+"""Violations of a foreign key; the second from PostgreSQL 18 on, under ``on delete restrict``."""
+_IN_USE: Final = ("55P03", "55006")
+"""A lock that is not given; a TRUNCATE of a table of which rows are still to be checked: it passes without them."""
 _REFUSALS: Final = ("21", "22", "23", "44", "54", "P0")
 """Classes of SQLSTATE that say that a row is wrong: its values, a constraint, a limit, a trigger of the target."""
+_CLASSES: Final = {code for name, code in vars(errorcodes).items() if name.startswith("CLASS_")} | {"CD"}
+"""PostgreSQL's classes, and that of our capture. One of another class is what a trigger of the target says of a row."""
 _CURES: Final = {
     "25006": "let dsn name the primary, or every host of the cluster",
+    "428C9": "let it be generated by default in the target",
     "42501": "grant it to the role in dsn",
     "0A000": "where a foreign key forbids a TRUNCATE, raise batch.events, so that the TRUNCATE of all its tables comes "
     "at once, or set truncate: ignore",
@@ -510,7 +549,7 @@ def _origin(session: Connection) -> tuple[str, str] | None:
 
 def _without_values(error: DatabaseError) -> str:
     """What PostgreSQL says, without the row's values."""
-    if error.sqlstate[:2] not in {"22", "P0"}:
+    if error.sqlstate[:2] in _CLASSES - {"22", "P0"}:
         return str(error)
     if known := _NO_VALUES.match(str(error)):
         return known[0]

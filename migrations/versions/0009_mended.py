@@ -1,4 +1,4 @@
-"""Mended: giving space back, moments, rewinding past that, rebase after a rewind or in a backfill, blanks in json."""
+"""Mended: others' code, hiding, publications, giving space back, moments, rewinding, rebase, blanks in json."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,14 @@ down_revision = "0008"
 
 _SQL = Path(__file__).parents[1] / "sql"
 _REPLACED = (
+    ("0003_choice.up.sql", "function cdc.image("),
+    ("0003_choice.up.sql", "function cdc.key_image("),
+    ("0003_choice.up.sql", "function cdc.hash("),
+    ("0004_everything.up.sql", "function cdc.hide("),
     ("0006_position.up.sql", "function cdc.rebase("),
     ("0007_backfill.up.sql", "function cdc.rotate("),
+    ("0007_backfill.up.sql", "function cdc.passes("),
+    ("0007_backfill.up.sql", "function cdc.backfill_batch("),
     ("0007_backfill.up.sql", "function cdc.note_moment("),
     ("0007_backfill.up.sql", "function cdc.diff("),
     ("0007_backfill.up.sql", "function cdc.rewind("),
@@ -24,6 +30,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    _run(_read("0009_mended.down.sql"))
     for script, what in _REPLACED:
         found = re.search(
             rf"^create (?:or replace )?({re.escape(what)}.*?^\$\$;$)", _read(script), re.MULTILINE | re.DOTALL

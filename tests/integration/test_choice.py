@@ -96,6 +96,34 @@ def test_what_is_hidden_is_hidden_in_every_op(shop: Shop) -> None:
     assert delete.before["card"] == "***"
 
 
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        "select cdc.enable_capture('person', exclude => '{note}')",
+        "alter table person rename note to remark",
+        "alter table person add more text",
+    ],
+)
+def test_a_transaction_older_than_what_is_hidden_shows_no_more_than_the_key(
+    shop: Shop, installed: str, connect: Connect, meanwhile: str
+) -> None:
+    """Its snapshot has not the rules, or not the columns, that its own rows go by."""
+    if "enable" not in meanwhile:
+        shop.enable("person", exclude=["note"])
+    old = connect(installed, autocommit=False)
+    fetch(old, "set transaction isolation level repeatable read")
+    fetch(old, "select 1")
+    fetch(shop.writer, meanwhile)
+    fetch(old, f"insert into person values {ROW}")
+    old.commit()
+    (event,) = shop.do("select 1")
+    assert event.truncated
+    assert f"{CANARY}-note" not in shop.stored()
+    (event,) = shop.do(f"insert into person values {ROW.replace('1', '2', 1)}")
+    assert event.after is not None
+    assert f"{CANARY}-note" not in shop.stored()
+
+
 def test_null_stays_null_whatever_is_done_to_the_column(shop: Shop) -> None:
     shop.enable("person", **HIDING)
     (insert,) = shop.do("insert into person (id) values (1)")

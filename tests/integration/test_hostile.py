@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 import psycopg2
 import pytest
 from psycopg2.extensions import connection
+from scripted import Run, wait_for
 from sql import fetch, value
+
+from cdc import backfill, outbox
+from cdc.connection import Connection
+from cdc.event import Event, Op
+from cdc.outbox import Outbox, Owner
 
 Connect = Callable[..., connection]
 
@@ -90,6 +96,98 @@ def test_nor_does_it_by_way_of_the_key_of_a_row_that_is_too_large(owner: connect
     fetch(owner, small.replace("256 * 1024 * 1024", "10000"))
     fetch(mallory, "insert into lair.bait values (1, 'sly', repeat('x', 20000))")
     assert value(owner, "select new_row::text from cdc.event") == '{"mood" : "cdc_nobody"}'
+
+
+TRAP = """
+    grant usage on schema lair to public;
+    create type lair.mood as enum ('calm', 'sly');
+    create table lair.caught (by_whom text);
+    grant insert on lair.caught to public;
+    create function lair.note() returns void language sql as 'insert into lair.caught values (current_user)';
+    create function lair.clock_timestamp() returns timestamptz language plpgsql as
+      $$ begin perform lair.note(); return pg_catalog.clock_timestamp(); end $$;
+    create function lair.octet_length(text) returns integer language plpgsql as
+      $$ begin perform lair.note(); return pg_catalog.octet_length($1); end $$;
+    create function lair.lower(text) returns text language plpgsql as
+      $$ begin perform lair.note(); return pg_catalog.lower($1); end $$;
+    create function lair.led() returns void language plpgsql as $$ begin
+      perform pg_catalog.set_config(name, setting, false) from lair.settings;
+    end $$;
+    create function lair.trap(lair.mood) returns json language plpgsql as
+      $$ begin perform lair.led(); return pg_catalog.to_json($1::text); end $$;
+    create function lair.yes() returns boolean language plpgsql as
+      $$ begin perform lair.led(); return true; end $$;
+    create table lair.settings (name text, setting text);
+    insert into lair.settings values ('search_path', 'lair, pg_catalog');
+    grant select on lair.settings to public;
+    create cast (lair.mood as json) with function lair.trap(lair.mood);
+    create table lair.bait (id int primary key, mood lair.mood)
+"""
+"""Code of his that leads the session to more of it: functions of the names that our own call next."""
+SETTINGS = """
+    select nullif(current_setting('cdc.window', true), ''), current_setting('client_encoding'),
+           current_setting('search_path'), current_setting('default_transaction_read_only')
+"""
+
+
+def test_his_cast_does_not_lead_the_trigger_to_his_functions(owner: connection, mallory: connection) -> None:
+    fetch(mallory, TRAP)
+    fetch(owner, "select cdc.enable_capture('lair.bait')")
+    fetch(mallory, "insert into lair.bait values (1, 'sly')")
+    assert fetch(owner, "select op, new_row::text from cdc.event") == [("I", '{"id" : 1}')]
+    fetch(mallory, "alter table lair.bait drop constraint bait_pkey, add primary key (mood)")
+    fetch(owner, "select cdc.enable_capture('lair.bait')")
+    fetch(mallory, "delete from lair.bait")
+    assert fetch(owner, "select op, new_row from cdc.event order by seq desc limit 1") == [("D", None)]
+    assert fetch(owner, "select * from lair.caught") == []
+
+
+def test_nor_a_backfill_nor_the_session_that_reads_it(
+    owner: connection, mallory: connection, installed: str, prepare: Callable[..., Run]
+) -> None:
+    fetch(mallory, TRAP)
+    fetch(mallory, "insert into lair.bait values (1, 'sly'), (2, 'calm')")
+    fetch(owner, "select cdc.enable_capture('lair.bait')")
+    with Connection(installed, purpose="test") as reader:
+        outbox.register_sink(reader, "audit", start="now")
+        (bait,) = (found for found in backfill.candidates(reader) if found.table == "bait")
+        backfill.start(reader, "audit", bait, rows=1, rate=None, condition=None)
+    run = prepare(start="now").start()
+    wait_for(lambda: value(owner, "select state from cdc.backfill") == "done")
+    run.end()
+    assert [(event.key, event.truncated) for event in run.sink.delivered] == [({"id": 1}, True), ({"id": 2}, True)]
+    assert fetch(owner, "select * from lair.caught") == []
+
+
+@pytest.mark.parametrize("led_by", ["cast", "condition"])
+def test_what_his_code_sets_in_the_session_of_a_backfill_is_taken_back(
+    owner: connection, mallory: connection, installed: str, led_by: str
+) -> None:
+    """Settings in which the session keeps how far it has come, or that change what it says."""
+    fetch(mallory, TRAP)
+    fetch(mallory, "update lair.settings set name = 'cdc.window', setting = 'forged'")
+    fetch(
+        mallory,
+        "insert into lair.settings values ('client_encoding', 'LATIN1'), ('default_transaction_read_only', 'on')",
+    )
+    fetch(mallory, "insert into lair.bait values (1, 'sly')")
+    if led_by == "condition":
+        fetch(mallory, "drop cast (lair.mood as json); create cast (lair.mood as json) with inout")
+    condition = "{}" if led_by == "cast" else """{"insert": "lair.yes()"}"""
+    fetch(owner, f"select cdc.enable_capture('lair.bait', conditions => '{condition}')")
+    with Connection(installed, purpose="test") as reader:
+        outbox.register_sink(reader, "audit", start="now")
+        (bait,) = (found for found in backfill.candidates(reader) if found.table == "bait")
+        backfill.start(reader, "audit", bait, rows=10, rate=None, condition=None)
+        book = Outbox(reader, database="shop", sink="audit", owner=Owner("test", 1))
+        book.claim(start="now")
+        rows = backfill.Backfills(reader, book, sink="audit", wants=lambda *table: True, fields=lambda **fields: fields)
+        rows.look()
+        before = reader.query(SETTINGS)
+        batch = rows.next_batch(None, events=100, bytes_=1 << 20)
+        assert batch is not None
+        assert [event.op for event in batch.rows if isinstance(event, Event)] == [Op.READ]
+        assert reader.query(SETTINGS) == before
 
 
 def test_he_cannot_attach_the_trigger_to_a_table_of_his_own(mallory: connection) -> None:

@@ -77,7 +77,8 @@ _DESCRIPTION = {
                'granted to ' || {_GRANTS.format(acl=_RELATION_ACL, owner="c.relowner")},
                'inherits ' || coalesce((select string_agg(i.inhparent::regclass::text, ',') from pg_inherits i
                                          where i.inhrelid = c.oid), 'nothing'),
-               case when c.relrowsecurity then 'row security' end
+               case when c.relrowsecurity then 'row security' end,
+               case when c.relreplident = 'f' then 'replica identity full' end
           from pg_class c join pg_namespace s on s.oid = c.relnamespace
          where s.nspname = 'cdc' and c.relkind not in ('i', 'c')
     """,
