@@ -201,6 +201,8 @@ class Listener(threading.Thread):
             self._hear(connection)
             if self._bell.mode == "adaptive":
                 self._set_bell(connection)
+                if connection.raw.notifies:
+                    continue
             ready = {fd for fd, _ in poller.poll(max(0.0, min(next_gauge, next_test) - time.monotonic()) * 1000)}
             if self._knock_read in ready:
                 os.read(self._knock_read, 4096)
@@ -260,7 +262,6 @@ class Listener(threading.Thread):
         now = time.monotonic()
         busy = self._rate_is_high()
         if self._bell.armed_since is not None:
-            # What these queries read along is not lost: arming and disarming wake everybody, and refused we poll.
             if busy or self._bell.should_disarm() or self._writers_queue(connection):
                 self._disarm(connection)
         elif now >= self._hold_until and not busy and self._bell.should_arm():
@@ -301,6 +302,10 @@ class Listener(threading.Thread):
                 if self._bell.armed_since is not None:
                     self._disarm(connection)
                 self._hold_until = time.monotonic() + GAUGE_INTERVAL + 1
+            elif self._bell.armed_since is not None:
+                self._bell.disarm()  # there is no lock to give back; nobody is rung, so everybody looks by himself
+        elif self._bell.mode == "always" and self._bell.armed_since is None:
+            self._bell.arm()
 
     def _silence(self, connection: Connection, seconds: float) -> None:
         """Keep triggers that ring regardless from ringing."""

@@ -20,6 +20,8 @@ from cdc.sql import QUERIES
 
 LEASE = 6.0
 """Seconds of silence after which a process counts as stopped or cut off, and its sinks may be taken over."""
+FOREVER = 1e9
+"""Seconds of silence that nobody is relieved for."""
 CONFIRM_DEADLINE = 4.5
 """Seconds for the question whether a sink is still ours; with a pipeline's heartbeat, how soon a dead connection is
 noticed while there is nothing to do."""
@@ -141,6 +143,8 @@ class Outbox:
         self._stores_windows = stores_windows
         self.epoch: int | None = None
         """The number of our claim."""
+        self._holder: tuple[int, int] | None = None  # who serves the sink in our place: the claim, and its session
+        self._holder_heard_at = 0.0  # the last that we have seen of him
         self._tables: dict[int, CapturedTable] = {}
         self._decoder = Decoder(database, self._table, self._primary_key)
 
@@ -151,7 +155,8 @@ class Outbox:
             start: where a sink begins that has no position yet: ``now``, ``earliest`` or ``backfill``.
 
         Returns:
-            None when another daemon serves it and has been heard of in the last `LEASE` seconds.
+            None when another daemon serves it and has been heard of in the last `LEASE` seconds, or we have not looked
+            for so long.
 
         Raises:
             WrongCluster: the position was taken in another cluster.
@@ -162,10 +167,26 @@ class Outbox:
             "sink": self._sink,
             "owner": self._owner.name,
             "process": self._owner.process,
-            "patience": LEASE,
+            "patience": LEASE if self._has_holder_been_silent() else FOREVER,
         }
         self.epoch, happened = self._connection.query(QUERIES["take"], parameters)[0]
         return None if self.epoch is None else Claim(self.epoch, happened)
+
+    def _has_holder_been_silent(self) -> bool:
+        """Whether `LEASE` seconds have gone by without a sign of life of whoever serves the sink; True if nobody does.
+
+        The database knows when it last heard from the sessions he has now. When the one that spoke for all of them has
+        just been ended, he seems to have been silent for as long as the others have, perhaps since a long delivery
+        began. So what counts is the last that we have seen of him, be it that he was there when we first looked.
+        """
+        rows = self._connection.query(QUERIES["holder"], {"sink": self._sink})
+        if not rows:
+            return True
+        [(epoch, pid, heard_at, now)] = rows
+        if self._holder != (epoch, pid):
+            self._holder, self._holder_heard_at = (epoch, pid), now
+        self._holder_heard_at = max(self._holder_heard_at, heard_at or 0.0)
+        return bool(now - self._holder_heard_at >= LEASE)
 
     def confirm(self) -> Wishes:
         """Make sure that the sink is still ours, and the connection alive. Raises as :meth:`next_batch`.

@@ -38,6 +38,13 @@ select pg_advisory_lock_shared(6513766, %(process)s);
 -- Be heard of: that a session of this process has just spoken can be seen by everybody. The answer is the server's clock.
 select extract(epoch from clock_timestamp())::float8;
 
+-- name: holder
+-- Who serves a sink: the number of his claim, his session, when any session of his was last heard of; and the time now. No
+-- row: nobody does.
+select k.epoch, h.pid, extract(epoch from h.heard_at)::float8, extract(epoch from clock_timestamp())::float8
+  from cdc.sink k cross join lateral cdc.holder(k.id, k.epoch) h
+ where k.name = %(sink)s;
+
 -- name: take
 -- Become the one session that serves a sink. Epoch null: another daemon does, or the sink is not registered.
 select epoch, happened from cdc.take(%(sink)s, %(owner)s, %(process)s, make_interval(secs => %(patience)s));

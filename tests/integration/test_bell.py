@@ -17,6 +17,7 @@ from psycopg2.extensions import connection
 from cdc import bell as bell_module
 from cdc import listener, pipeline
 from cdc.bell import Bell, Mode, Sleeper
+from cdc.connection import Connection
 from cdc.errors import TransientFailure
 from cdc.event import Event
 from cdc.listener import Listener
@@ -951,6 +952,53 @@ def test_notify_always_takes_no_lock_and_sleeps(installed: str, shop: connection
         assert fetch(shop, "select * from pg_locks where locktype = 'advisory' and classid = 6513763") == []
         insert(shop, 100)
         arrives(sink, 100)
+    finally:
+        house.end()
+
+
+def test_a_ring_that_is_read_along_with_another_answer_is_heard_at_once(
+    house: House, shop: connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking, asked = threading.Event(), threading.Event()
+
+    def ask(self: Listener, connection: Connection) -> bool:
+        if asking.is_set() and not asked.is_set():
+            asked.set()
+            connection.query("select pg_sleep(0.5)")
+        return False
+
+    monkeypatch.setattr(Listener, "_writers_queue", ask)
+    house.listen()
+    sink = house.serve()
+    wait_for(lambda: house.armed)
+    asking.set()
+    house.listener._knock()
+    assert asked.wait(10)
+    insert(shop, 1)
+    arrives(sink, 1)
+    assert house.armed
+
+
+def test_under_notify_always_nobody_sleeps_while_the_queue_is_too_full(
+    installed: str, shop: connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The triggers are told to be silent then."""
+    fetch(shop, "select cdc.enable_capture('item', notify => 'always')")
+    monkeypatch.setattr(listener, "GAUGE_INTERVAL", 0.1)
+    house = House(installed, CountingBell("always"))
+    house.listen()
+    sink = house.serve()
+    try:
+        wait_for(lambda: house.armed)
+        monkeypatch.setattr(listener, "QUEUE_LIMIT", -1.0)
+        wait_for(lambda: not house.armed)
+        assert value(shop, "select silent_until > clock_timestamp() from cdc.installation")
+        insert(shop, 1)
+        arrives(sink, 1)
+        monkeypatch.setattr(listener, "QUEUE_LIMIT", 0.5)
+        wait_for(lambda: house.armed)
+        insert(shop, 2)
+        arrives(sink, 2)
     finally:
         house.end()
 

@@ -30,6 +30,7 @@ class Daemon:
 
     def __init__(self, dsn: str, process: int) -> None:
         self.owner = Owner(f"host:{process}", process)
+        self.dsn = dsn
         self.keeper = Connection(dsn, purpose="keeper")
         self.session = Connection(dsn, purpose="audit")
         for session in (self.keeper, self.session):
@@ -64,6 +65,12 @@ def look(installed: str, connect: Connect) -> connection:
     return connect(installed)
 
 
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever claims has seen for the whole lease that the other one says nothing."""
+    monkeypatch.setattr(Outbox, "_has_holder_been_silent", lambda self: True)
+
+
 def fall_silent(look: connection, one: Daemon) -> None:
     """Make it look as if a process had last spoken before the lease began: ours cannot wait so long."""
     fetch(
@@ -96,6 +103,27 @@ def test_whoever_comes_first_has_it_and_the_second_waits(daemon: Callable[[int],
     first.outbox.confirm()
 
 
+def test_an_owner_whose_voice_is_ended_is_not_taken_for_silent(
+    daemon: Callable[[int], Daemon], look: connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keeper's session is ended from outside, its pipeline has been in a delivery for longer than the lease."""
+    monkeypatch.setattr(outbox, "LEASE", 1.0)
+    first, second = daemon(1), daemon(2)
+    assert first.claim() == 1
+    for _ in range(15):
+        outbox.beat(first.keeper)
+        assert second.claim() is None
+        time.sleep(0.1)
+    fetch(look, "select pg_terminate_backend(%s)", (first.keeper.pid,))
+    until(lambda: not fetch(look, "select 1 from pg_stat_activity where pid = %s", (first.keeper.pid,)), "it has gone")
+    assert second.claim() is None
+    with Connection(first.dsn, purpose="keeper") as again:
+        join_process(again, 1)
+        outbox.beat(again)
+        assert second.claim() is None
+        first.outbox.confirm()
+
+
 def test_a_sink_whose_owner_has_gone_is_free_at_once(daemon: Callable[[int], Daemon]) -> None:
     first, second = daemon(1), daemon(2)
     first.claim()
@@ -106,12 +134,15 @@ def test_a_sink_whose_owner_has_gone_is_free_at_once(daemon: Callable[[int], Dae
 
 
 def test_an_owner_that_says_nothing_for_the_lease_loses_it_and_is_ended(
-    daemon: Callable[[int], Daemon], look: connection
+    daemon: Callable[[int], Daemon], look: connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(outbox, "LEASE", 1.0)
     first, second = daemon(1), daemon(2)
     assert first.claim() == 1
     fall_silent(look, first)
-    assert second.claim() == 2
+    began = time.monotonic()
+    until(lambda: second.claim() == 2, "the second has it", pause=0.1)
+    assert time.monotonic() - began > 0.9  # however long ago the database says it was
     with pytest.raises(DatabaseUnreachable):
         first.outbox.confirm()
     with pytest.raises(DatabaseUnreachable):
@@ -142,6 +173,7 @@ def test_a_session_that_was_given_up_does_not_keep_its_own_daemon_out(daemon: Ca
     first.keeper.query("select 1")
 
 
+@pytest.mark.usefixtures("watched")
 def test_a_process_whose_silence_our_role_may_not_see_is_left_alone(
     daemon: Callable[[int], Daemon], look: connection
 ) -> None:
@@ -159,6 +191,7 @@ def test_a_process_whose_silence_our_role_may_not_see_is_left_alone(
     assert second.claim() is None
 
 
+@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("silent", [False, True])
 def test_of_many_who_claim_at_once_one_gets_it(daemon: Callable[[int], Daemon], look: connection, silent: bool) -> None:
     first = daemon(1)
