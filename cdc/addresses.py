@@ -26,7 +26,19 @@ _PRIVATE: Final = tuple(
         "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "::1/128", "fc00::/7",
     )
 )  # fmt: skip
-_METADATA: Final = (IPv4Network("100.100.100.200/32"), IPv6Network("fd00:ec2::254/128"))  # of clouds, in private ranges
+_METADATA: Final = tuple(
+    ip_network(network)
+    for network in (
+        "100.100.100.200/32",  # Alibaba
+        "192.0.0.192/32",  # Oracle, before
+        "168.63.129.16/32",  # Azure, which has taken it from the public ones
+        "fd00:ec2::/32",  # Amazon
+        "fd20:ce::254/128",  # Google
+        "fd00:c1::a9fe:a9fe/128",  # Oracle
+        "fd00:42::42/128",  # Scaleway
+    )
+)
+"""Where clouds hand out credentials, as far as other ranges do not say that it is no ordinary address."""
 
 
 class Refused(Exception):
@@ -62,7 +74,9 @@ class Allowed:
             raise Refused(address, "is no address of a machine (write another)")
         if any(plain in network or address in network for network in self.networks):
             return
-        if any(plain in network for network in _PRIVATE) and not any(plain in network for network in _METADATA):
+        if any(plain in network for network in _METADATA):
+            raise Refused(address, "is a cloud's own (allow_private allows it with a list of networks that holds it)")
+        if any(plain in network for network in _PRIVATE):
             if not self.private:
                 raise Refused(address, "is private (allow_private: true allows that, or a list with its network)")
         elif not _is_public(plain):

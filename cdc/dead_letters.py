@@ -41,10 +41,12 @@ class Letter:
     """One dead letter, as a replay comes by it.
 
     Attributes:
+        version: another one once anybody has changed it.
         text: its event in the native format; None: it is not to be delivered.
     """
 
     id: int
+    version: str
     seq: int
     table: Table
     keys: tuple[str, ...]
@@ -166,19 +168,21 @@ class Letters:
             "bytes": bytes_,
         }
         return [
-            Letter(id_, seq, (self._database, schema or "", table or ""), tuple(keys), parked, text)
-            for id_, seq, schema, table, keys, parked, text in self._connection.query(
+            Letter(id_, version, seq, (self._database, schema or "", table or ""), tuple(keys), parked, text)
+            for id_, version, seq, schema, table, keys, parked, text in self._connection.query(
                 QUERIES["next_letters"], parameters, deadline=PATIENCE
             )
         ]
 
-    def remove(self, ids: Sequence[int]) -> None:
-        """Letters that are delivered."""
-        self._connection.query(QUERIES["remove_letters"], {**self._ours(), "ids": list(ids)})
+    def remove(self, letters: Sequence[Letter]) -> None:
+        """Letters that are delivered; one that was edited since it was read stays, to be delivered as it is now."""
+        versions = {"ids": [letter.id for letter in letters], "versions": [letter.version for letter in letters]}
+        self._connection.query(QUERIES["remove_letters"], {**self._ours(), **versions})
 
-    def keep(self, id_: int, reason: str) -> None:
-        """A letter that was refused once more."""
-        self._connection.query(QUERIES["keep_letter"], {**self._ours(), "id": id_, "reason": reason})
+    def keep(self, letter: Letter, reason: str) -> None:
+        """A letter that was refused once more, if it is still the one that was."""
+        parameters: dict[str, object] = {"id": letter.id, "version": letter.version, "reason": reason}
+        self._connection.query(QUERIES["keep_letter"], {**self._ours(), **parameters})
 
     def put_back(self, ids: Sequence[int]) -> None:
         """Letters that were asked for, and stay because an earlier one of their key does."""

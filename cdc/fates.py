@@ -10,7 +10,8 @@ that are refused again. Whatever comes later of those keys stays too; everything
 under its old id, and then deleted. Events that are set to wait while a replay is under way count as asked for: what
 they wait behind may just be leaving. When the walk has come to them, no batch of the stream is read until it is
 through, and then the keys that wait are looked up anew. So between the last letter of a key and the next event of it
-there is no gap to overtake in.
+there is no gap to overtake in. A page may be in hand for hours while the sink is down; when somebody edits or discards
+letters meanwhile, the walk begins anew and finds them as they are.
 
 A crash in between repeats what was delivered and not yet deleted, under the same ids.
 """
@@ -133,7 +134,7 @@ class Replay:
         self._page = {}
         chosen: list[Event] = []
         behind: list[int] = []
-        unwanted: list[int] = []
+        unwanted: list[Letter] = []
         for letter in page:
             if letter.text is None:
                 self._stay(letter)
@@ -154,6 +155,8 @@ class Replay:
         return self._failed.holds_reach(letter.table, letter.keys)
 
     def admit(self, batch: list[Event]) -> list[Event]:
+        if self.looks != self._letters.looks:
+            return []  # somebody has touched the letters since this page was read, perhaps these
         if not self._failed:
             return batch
         rest: list[Event] = []
@@ -169,7 +172,7 @@ class Replay:
 
     def delivered(self, events: Sequence[Event]) -> None:
         crashpoints.reached("after-replay")
-        self._letters.remove([self._page[event.id].id for event in events])
+        self._letters.remove([self._page[event.id] for event in events])
         log.info("Dead letters are delivered.", extra=self._fields(events=len(events)))
         self._told(events)
 
@@ -178,7 +181,7 @@ class Replay:
         self._refused(letter, failure)
         self._failed.add_reach(letter.table, letter.keys)
 
-    def _choose(self, letter: Letter, text: str, chosen: list[Event], unwanted: list[int]) -> None:
+    def _choose(self, letter: Letter, text: str, chosen: list[Event], unwanted: list[Letter]) -> None:
         try:
             event = Event.from_json(text)
         except ValueError:
@@ -193,7 +196,7 @@ class Replay:
             self._page[event.id] = letter
             chosen.append(event)
         else:
-            unwanted.append(letter.id)
+            unwanted.append(letter)
 
     def _fails(self, event: Event) -> bool:
         """Whether an event must stay because one before it was refused; then so must what comes after it."""
@@ -206,7 +209,7 @@ class Replay:
 
     def _refused(self, letter: Letter, failure: PermanentFailure) -> None:
         self._stay(letter)
-        self._letters.keep(letter.id, str(failure))
+        self._letters.keep(letter, str(failure))
         log.error("A dead letter was refused again.", extra=self._fields(letter=letter.id, error=str(failure)))
 
     def _stay(self, letter: Letter) -> None:

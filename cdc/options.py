@@ -16,6 +16,7 @@ from collections.abc import Hashable
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from ipaddress import ip_address
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
@@ -72,6 +73,8 @@ _SECONDS: Final = {
 _LONGEST_DAYS: Final = 36500
 
 _SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(B|kB|MB|GB|KiB|MiB|GiB)?")
+# Far above any size there is, far below what a bigint overflows at; a float and JavaScript still know each byte.
+_LARGEST_GIB: Final = 2**23
 _BYTES: Final = {
     None: 1,
     "B": 1,
@@ -101,14 +104,20 @@ def _duration(value: object) -> float:
 def _size(value: object) -> int:
     """Bytes in a text such as ``4MiB`` or in a whole number; ValueError for anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
+        return _countable(value)
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         raise ValueError("not a size (write a number and one of B, kB, MB, GB, KiB, MiB, GiB, such as 4MiB)")
     size = Decimal(found[1]) * _BYTES[found[2]]
     if size != int(size):
         raise ValueError("not a whole number of bytes (write a number such as 512KiB)")
-    return int(size)
+    return _countable(int(size))
+
+
+def _countable(size: int) -> int:
+    if size > _LARGEST_GIB * _BYTES["GiB"]:
+        raise ValueError(f"too large (at most {_LARGEST_GIB}GiB)")
+    return size
 
 
 Duration = Annotated[float, BeforeValidator(_duration)]
@@ -116,6 +125,31 @@ Duration = Annotated[float, BeforeValidator(_duration)]
 
 Size = Annotated[int, BeforeValidator(_size)]
 """Bytes. Written as ``512KiB``, ``4MiB``, ``1GiB``, ``4MB`` (decimal), or as a whole number of bytes."""
+
+
+# -- hosts --
+
+
+def _host(value: str) -> str:
+    """The host itself; ValueError for what may hold more than that, because hosts are shown in logs and errors."""
+    is_odd = any(letter in "/@" or letter.isspace() or not letter.isprintable() for letter in value)
+    if not value or is_odd or (":" in value and not _is_address(value)):
+        raise ValueError(
+            "not the name or address of a host (write it alone: port, user and password have keys of their own)"
+        )
+    return value
+
+
+def _is_address(value: str) -> bool:
+    try:
+        ip_address(value)
+    except ValueError:
+        return False
+    return True
+
+
+Host = Annotated[str, AfterValidator(_host)]
+"""The name of a host, or its IPv4 or IPv6 address without brackets; nothing beside it."""
 
 
 # -- lists --

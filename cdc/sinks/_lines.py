@@ -50,6 +50,10 @@ _UNFINISHED = "it ends in half a line, and a process that holds its lock does no
 log = logging.getLogger(__name__)
 
 
+class NameRefused(OSError):
+    """The file system will not have a file or a directory of this name; of any other it may."""
+
+
 class LineFile:
     """One file of whole lines. Belongs to one thread."""
 
@@ -66,7 +70,12 @@ class LineFile:
         self._is_stuck = False
 
     def append(self, data: bytes) -> None:
-        """Add whole lines and wait until they are on disk; all of them, or, after an OSError, none."""
+        """Add whole lines and wait until they are on disk; all of them, or, after an OSError, none.
+
+        Raises:
+            NameRefused: no later attempt will do better.
+            OSError: another may.
+        """
         for _ in range(_TRIES):
             descriptor = self._open()
             try:
@@ -100,8 +109,14 @@ class LineFile:
         if self._descriptor is not None and not leads_to(self._path, self._descriptor):
             self.close()
         if self._descriptor is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            except OSError as error:
+                # Of anything but a name these say something else: so does a sync that the file system has not got.
+                if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+                    raise NameRefused(error.errno, error.strerror) from None
+                raise
             # Also for a file that was there: whoever made it may have died before this.
             sync_directory(self._path.parent)
         return self._descriptor

@@ -18,6 +18,11 @@ after a gap in the sequence of a partition. Whatever was on its way with it is s
 a message of it that had arrived after all comes twice. The same happens after any fatal error (fenced, out of
 sequence).
 
+**Files are read by a new producer.** librdkafka reads those of ``tls`` once, when a producer is made. So when a TLS
+handshake has failed and the files have changed since then, the next attempt makes a new producer, which sends what
+waited for a connection, in order. What was on its way when the last connection broke may come twice, as it would if the
+daemon were started again for the same end.
+
 **Which one is too large.** The brokers refuse a set of messages as a whole. Those refused in company are sent one by
 one the next time, and what is refused then is refused for good. What exceeds ``message.max.bytes`` is not sent at all.
 
@@ -43,6 +48,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, create_model, model_validator
@@ -72,6 +78,8 @@ IDLE_INTERVAL: Final = 30.0
 
 _LOOK_UP = 0.1  # seconds; how soon a wait notices that it makes no sense
 _PARTING = 1.0  # seconds for librdkafka to hand back what was purged
+_LONGEST_PROPAGATION = 3_600_000  # milliseconds; what librdkafka allows
+_OF_TLS = "SSL routines"  # in every text of OpenSSL's; who is refused by TLS 1.3 is told of a lost connection only
 
 # Names of librdkafka's errors.
 _HOPELESS: Final = frozenset({"_ALL_BROKERS_DOWN", "_AUTHENTICATION", "_SSL"})
@@ -88,6 +96,8 @@ _CURES: Final[Mapping[str, str]] = {
     "CLUSTER_AUTHORIZATION_FAILED": "let the user write idempotently: IdempotentWrite on the cluster",
     "MSG_SIZE_TOO_LARGE": "raise message.max.bytes here and on the topic, or capture fewer columns",
 }
+
+_Version = tuple[int, int, int]  # of a file: when it was changed, which one it is, and how large
 
 # -- options ------------------------------------------------------------------------------------------------------
 
@@ -229,7 +239,8 @@ class KafkaOptions(SinkOptions):
             # As Java's producers do, so that Kafka Streams finds our keys where it looks for them.
             "partitioner": "murmur2_random",
             "reconnect.backoff.max.ms": 2000,
-            "topic.metadata.propagation.max.ms": int(self.timeout * 500),  # so that a missing topic is told as such
+            # So that a missing topic is told as such.
+            "topic.metadata.propagation.max.ms": min(int(self.timeout * 500), _LONGEST_PROPAGATION),
             **self.options,
             "bootstrap.servers": ",".join(self.brokers),
             "acks": "all",
@@ -306,6 +317,8 @@ class KafkaSink(Sink[KafkaOptions]):
         self._sent: dict[str, _Message] = {}  # by event id: given to the producer, and not yet looked at
         self._alone: set[str] = set()  # ids of events that were refused in company
         self._is_broken = False  # the producer will take nothing more
+        self._files: tuple[_Version | None, ...] = ()  # of tls, as they were when it was made
+        self._is_shut_out = False  # a handshake has failed, and no batch has arrived since
         self._trouble: str | None = None  # what the client complained of, and
         self._worth = 0  # how telling that is
         self._give_up_at = math.inf
@@ -347,6 +360,8 @@ class KafkaSink(Sink[KafkaOptions]):
         messages = [self._message(event) for event in batch]  # all of them before any is sent
         self._forget_all_but({message.id for message in messages})
         self._listen(0)  # to what was said while nobody did
+        if self._is_shut_out and self._files != _versions(self.options.tls):
+            self._drop()
         self._trouble, self._give_up_at = None, math.inf
         deadline = time.monotonic() + self.options.timeout
         failures: dict[int, TransientFailure | PermanentFailure] = {}
@@ -363,6 +378,7 @@ class KafkaSink(Sink[KafkaOptions]):
         if self._is_broken:
             self._drop()
         if not failures:
+            self._is_shut_out = False
             return
         if len(failures) == len(batch) and isinstance(first := failures[0], TransientFailure):
             raise first
@@ -447,7 +463,8 @@ class KafkaSink(Sink[KafkaOptions]):
 
     def _open(self) -> confluent_kafka.Producer:
         if self._producer is None:
-            self._is_broken = False
+            self._is_broken = self._is_shut_out = False
+            self._files = _versions(self.options.tls)  # before librdkafka does, so that no later change is missed
             try:
                 self._producer = confluent_kafka.Producer(
                     {**self.options.for_client(self.name), "error_cb": self._complained, "logger": _Lines()}
@@ -486,6 +503,8 @@ class KafkaSink(Sink[KafkaOptions]):
         name = error.name()
         if name in _HOPELESS:
             self._give_up_at = min(self._give_up_at, time.monotonic() + GRACE)
+        if name == "_SSL" or _OF_TLS in error.str():
+            self._is_shut_out = True
         # Of one failed handshake it says more than one thing, in any order: what has a cure is the most telling.
         worth = 2 if name in _CURES else 0 if name == "_ALL_BROKERS_DOWN" else 1
         if self._trouble is None or worth >= self._worth:
@@ -508,6 +527,22 @@ class KafkaSink(Sink[KafkaOptions]):
         if producer is not None and len(producer):
             producer.purge(blocking=False)
             producer.flush(_PARTING)
+
+
+def _versions(tls: TlsOptions | None) -> tuple[_Version | None, ...]:
+    """The files as they are now."""
+    return () if tls is None else tuple(map(_version, (tls.ca, tls.certificate, tls.key)))
+
+
+def _version(path: str | None) -> _Version | None:
+    """What tells a file from what it was before; None: there is none."""
+    if path is None:
+        return None
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _with_cure(error: confluent_kafka.KafkaError) -> str:

@@ -33,7 +33,7 @@ from cdc.encoding import Encoder
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
 from cdc.lanes import in_waves
-from cdc.options import Duration, SinkOptions, TlsOptions
+from cdc.options import Duration, Host, SinkOptions, TlsOptions
 from cdc.sinks.base import Sink, network_reason, require, tls_context
 from cdc.template import CONTENT, ROUTE, Template, checked
 
@@ -85,7 +85,7 @@ class MqttOptions(SinkOptions):
     """
 
     type: Literal["mqtt"]
-    host: str = "localhost"
+    host: Host = "localhost"
     port: int | None = Field(default=None, ge=1, le=65535)
     tls: TlsOptions | None = None
     username: str | None = None

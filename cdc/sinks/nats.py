@@ -9,6 +9,8 @@ different keys go side by side, IN_FLIGHT at a time.
 * No answer for `timeout` seconds, or a lost connection: what was not acknowledged has failed, and what waited for it.
 * An error of the stream (full, not the one that was named, nobody takes the subject): that event has failed, and the
   later ones of its key. Too large for the stream or the server: for good.
+* Whoever listens on the subject may answer, such as a service that takes requests. Only what the stream says counts;
+  it may come after another's answer, and is waited for.
 * After a failure the connection is given up; the next attempt resolves names and reads files anew.
 
 The client is asyncio's. Its loop runs in a thread of its own, so that the server's pings are answered, and a lost
@@ -264,10 +266,15 @@ class _Connection:
         self._error: BaseException | None = None
         self._is_forbidden = False
         self._is_silent = False
+        self._is_stuck = False  # what was to be sent has not been taken from us in time
+        self._has_stranger = False  # somebody else than the stream answers
         self._inbox = ""
         self._wave = 0
-        self._answers: dict[str, nats.aio.msg.Msg] = {}
+        self._outcomes: dict[str, Failure | None] = {}  # by index: None, it is stored; or why not
         self._awaited = 0
+        # What a server writes to acknowledge, so that not each of them need be read as JSON.
+        stream = re.escape(json.dumps(options.stream, ensure_ascii=False).encode())
+        self._usual = re.compile(rb'\{"stream":%b, ?"seq":[0-9]+[,}]' % stream)
         self._changed = asyncio.Event()
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -344,6 +351,8 @@ class _Connection:
         self._error = error
         if "permissions violation" in str(error).lower():
             self._is_forbidden = True
+        if isinstance(error, nats.errors.FlushTimeoutError):
+            self._is_stuck = True
         self._changed.set()
 
     async def _lose(self) -> None:
@@ -384,26 +393,31 @@ class _Connection:
             return dict.fromkeys(wave, self._silence())
         options = self._options
         self._wave += 1
-        self._answers = {}
-        self._is_forbidden = False
+        self._outcomes = {}
+        self._is_forbidden = self._is_stuck = self._has_stranger = False
         self._awaited = len(wave)
         self._changed.clear()
+        seen = 0
         try:
             for number, index in enumerate(wave):
                 subject, headers, payload = messages[index]
                 reply = f"{self._inbox}.{self._wave}.{index}"
                 await self._client.publish(subject, payload, reply, headers=headers)
+                if self._is_stuck:
+                    if len(self._outcomes) == seen:
+                        break  # each of the others would be waited for as long
+                    seen, self._is_stuck = len(self._outcomes), False
                 if number % _SENT_AT_ONCE == 0:
                     await asyncio.sleep(0)  # to the task that sends, so that the server has something to do
-            while len(self._answers) < len(wave) and not self.is_lost():
+            while len(self._outcomes) < len(wave) and not self.is_lost() and not self._is_stuck:
                 # To a message we have no right to publish there is no answer, and the others have theirs soon.
                 patience = min(_GRACE, options.timeout) if self._is_forbidden else options.timeout
-                seen = len(self._answers)
+                seen = len(self._outcomes)
                 self._changed.clear()
                 try:
                     await asyncio.wait_for(self._changed.wait(), patience)
                 except TimeoutError:
-                    if len(self._answers) == seen:
+                    if len(self._outcomes) == seen:
                         break
         except nats.errors.Error as error:
             self._error = error
@@ -411,39 +425,59 @@ class _Connection:
             raise PermanentFailure(f"{self._where} has closed the connection over its size")
         failures: dict[int, Failure] = {}
         for index in wave:
-            answer = self._answers.get(str(index))
-            failure = self._silence() if answer is None else self._refusal(answer)
+            failure = self._outcomes[str(index)] if str(index) in self._outcomes else self._silence()
             if failure is not None:
                 failures[index] = failure
-        self._is_silent = len(self._answers) < len(wave)
-        self._answers = {}
+        self._is_silent = len(self._outcomes) < len(wave)
+        self._outcomes = {}
         return failures
 
     async def _take(self, answer: nats.aio.msg.Msg) -> None:
         _, wave, index = answer.subject.rsplit(".", 2)
-        if wave == str(self._wave):
-            self._answers[index] = answer
-            if len(self._answers) == self._awaited:
-                self._changed.set()
+        if wave != str(self._wave):
+            return
+        if self._is_acknowledged(answer.data):
+            self._outcomes[index] = None
+        elif (refusal := self._refusal(answer)) is not None:
+            self._outcomes.setdefault(index, refusal)
+        else:
+            self._has_stranger = True
+            return
+        if len(self._outcomes) == self._awaited:
+            self._changed.set()
+
+    def _is_acknowledged(self, answer: bytes) -> bool:
+        """Whether an answer says that our stream has the message."""
+        if self._usual.match(answer) and b'"error"' not in answer:
+            return True
+        found = _object(answer)
+        return found.get("stream") == self._options.stream and type(found.get("seq")) is int and "error" not in found
 
     # -- failures -----------------------------------------------------------------------------------------------
 
     def _silence(self) -> TransientFailure:
         if self._is_forbidden:
             return TransientFailure(f"{self._where} does not let us publish (look at the permissions of the user)")
-        return self._failure(self._error if self.is_lost() else TimeoutError())
+        if self.is_lost():
+            return self._failure(self._error)
+        if self._has_stranger:
+            options = self._options
+            said = f"did not acknowledge within {options.timeout:g} s, and something else answers"
+            cure = f"let the stream have the subjects of {options.subject}"
+            return TransientFailure(f"stream {options.stream} of {self._where} {said} ({cure})")
+        return self._failure(TimeoutError())
 
     def _refusal(self, answer: nats.aio.msg.Msg) -> Failure | None:
-        """What an answer says, if not that the stream has the message."""
+        """Why JetStream does not take the message, or None, if the answer is none of its errors."""
         options = self._options
         if answer.headers and answer.headers.get("Status") == "503":
             cure = f"let stream {options.stream} have the subjects of {options.subject}"
             return TransientFailure(f"no stream of {self._where} takes the subject ({cure})")
-        if b'"error"' not in answer.data:
+        error = _object(answer.data).get("error")
+        if not isinstance(error, dict) or type(error.get("err_code")) is not int:
             return None
-        error = json.loads(answer.data)["error"]
         text = f"stream {options.stream} of {self._where} refuses it: {error.get('description')}"
-        return PermanentFailure(text) if error.get("err_code") == _TOO_LARGE else TransientFailure(text)
+        return PermanentFailure(text) if error["err_code"] == _TOO_LARGE else TransientFailure(text)
 
     def _failure(self, error: BaseException | None) -> TransientFailure:
         """An error of the connection, in our words."""
@@ -460,6 +494,15 @@ class _Connection:
         if isinstance(error, nkeys.NkeysError | nats.errors.InvalidUserCredentialsError | ValueError):
             return TransientFailure("the file with the credentials does not hold any (check it)")
         return TransientFailure(f"{self._where} has closed the connection")
+
+
+def _object(answer: bytes) -> dict[str, Any]:
+    """An answer as the JSON object it is; of anything else, an empty one."""
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _levels(template: str) -> list[str]:

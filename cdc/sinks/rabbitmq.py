@@ -54,7 +54,7 @@ from cdc.encoding import Encoder
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
 from cdc.lanes import lanes
-from cdc.options import Duration, SinkOptions, TlsOptions
+from cdc.options import Duration, Host, SinkOptions, TlsOptions
 from cdc.sinks.base import Sink, require, tls_context
 from cdc.template import CONTENT, ROUTE, Template, checked
 
@@ -134,7 +134,7 @@ class RabbitmqOptions(SinkOptions):
 
     type: Literal["rabbitmq"]
     url: SecretStr | None = None
-    host: str = "localhost"
+    host: Host = "localhost"
     port: int | None = Field(default=None, ge=1, le=65535)
     vhost: str = "/"
     username: str = "guest"

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field, SecretStr, field_validator, model_va
 from cdc.encoding import Encoder
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
-from cdc.options import Duration, SinkOptions, TlsOptions
+from cdc.options import Duration, Host, SinkOptions, TlsOptions
 from cdc.sinks.base import Sink, network_reason, require, tls_context
 from cdc.template import CONTENT, ROUTE, Template, checked
 
@@ -59,6 +59,8 @@ _CURES = {
     "WRONGTYPE": "has something else under the name of a stream (name another stream, or remove that key)",
 }
 """By the code an error begins with: what is the matter with the server."""
+_SEPARATORS = re.compile(r"[.:{}%]")
+_KEY = re.compile(r"(\{key\})")
 
 Name = Annotated[str, Field(min_length=1), checked(*ROUTE, *CONTENT)]
 Command = tuple[Any, ...]
@@ -108,7 +110,7 @@ class RedisOptions(SinkOptions):
 
     type: Literal["redis"]
     url: SecretStr | None = None
-    host: str = "localhost"
+    host: Host = "localhost"
     port: int = Field(default=6379, ge=1, le=65535)
     db: int = Field(default=0, ge=0)
     username: str | None = None
@@ -184,7 +186,9 @@ class RedisSink(Sink[RedisOptions]):
     def __init__(self, name: str, options: RedisOptions, encoder: Encoder | None = None) -> None:
         super().__init__(name, options, encoder)
         self._address = options.address
-        self._name = Template(options.stream if options.mode == "stream" else options.channel)
+        template = options.stream if options.mode == "stream" else options.channel
+        # The key as JSON ends where it ends, and would be hard to read if its braces were quoted.
+        self._name = [Template(part, str if part == "{key}" else _word) for part in _KEY.split(template) if part]
         self._cut = ("MAXLEN", "~", options.maxlen) if options.maxlen is not None else ()
         self._largest = _LARGEST
         self._client: Any = None
@@ -241,10 +245,14 @@ class RedisSink(Sink[RedisOptions]):
         ]
         for header in self.encoder.headers(event).items():
             fields += header
-        return ("XADD", self._name.fill(event), *self._cut, "*", *fields, "event", self._body(event))
+        return ("XADD", self._named(event), *self._cut, "*", *fields, "event", self._body(event))
 
     def _message(self, event: Event) -> Command:
-        return ("PUBLISH", self._name.fill(event), self._body(event))
+        return ("PUBLISH", self._named(event), self._body(event))
+
+    def _named(self, event: Event) -> str:
+        """The stream or channel of an event."""
+        return "".join([part.fill(event) for part in self._name])
 
     def _body(self, event: Event) -> bytes:
         body = self.encoder.encode(event).encode()
@@ -356,6 +364,11 @@ class RedisSink(Sink[RedisOptions]):
         if isinstance(error, redis.ResponseError):
             return TransientFailure(f"{where} answered with {_code(error) or type(error).__name__}")
         return TransientFailure(f"{where} cannot be reached: the connection was closed, or never made")
+
+
+def _word(value: str) -> str:
+    """Text as one part of a name: what stands between parts, or is a cluster's hash tag, is written as in a URL."""
+    return _SEPARATORS.sub(lambda found: f"%{ord(found[0]):02X}", value)
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -316,12 +316,12 @@ select d.schema_name, d.table_name, k.key
 
 -- name: next_letters
 -- The next dead letters in the order of their events: those asked for with their event, and parked ones between them.
-select w.id, w.seq, w.schema_name, w.table_name, w.keys, w.parked, w.event
-  from (select d.id, d.seq, d.schema_name, d.table_name, d.keys, d.parked,
+select w.id, w.version, w.seq, w.schema_name, w.table_name, w.keys, w.parked, w.event
+  from (select d.id, d.version, d.seq, d.schema_name, d.table_name, d.keys, d.parked,
                case when d.wanted then d.event::text end as event,
                sum(case when d.wanted then octet_length(d.event::text) else 0 end) over (order by d.seq, d.id) as size,
                row_number() over (order by d.seq, d.id) as number
-          from (select l.*
+          from (select l.*, l.xmin::text as version
                   from cdc.dead_letter l
                  where l.sink = %(sink)s and (l.wanted or l.parked) and (l.seq, l.id) > (%(after_seq)s, %(after_id)s)
                  order by l.seq, l.id
@@ -330,15 +330,15 @@ select w.id, w.seq, w.schema_name, w.table_name, w.keys, w.parked, w.event
  order by w.seq, w.id;
 
 -- name: remove_letters
--- Dead letters that were delivered after all.
-delete from cdc.dead_letter d using cdc.sink k
- where d.id = any (%(ids)s) and d.sink = k.name and k.name = %(sink)s and k.epoch = %(epoch)s;
+-- Dead letters that were delivered after all, unless somebody has edited one meanwhile: then that is still to be delivered.
+delete from cdc.dead_letter d using cdc.sink k, unnest(%(ids)s::bigint[], %(versions)s::text[]) as w (id, version)
+ where d.id = w.id and d.xmin::text = w.version and d.sink = k.name and k.name = %(sink)s and k.epoch = %(epoch)s;
 
 -- name: keep_letter
--- A dead letter that was refused again.
+-- A dead letter that was refused again; the same holds.
 update cdc.dead_letter d set wanted = false, reason = %(reason)s, attempts = d.attempts + 1
   from cdc.sink k
- where d.id = %(id)s and d.sink = k.name and k.name = %(sink)s and k.epoch = %(epoch)s;
+ where d.id = %(id)s and d.xmin::text = %(version)s and d.sink = k.name and k.name = %(sink)s and k.epoch = %(epoch)s;
 
 -- name: put_letters_back
 -- Dead letters that were to be delivered and cannot be, because an earlier one of their key stays.
@@ -351,8 +351,10 @@ update cdc.dead_letter d set wanted = false
 update cdc.sink set requests = requests + 1 where name = %(sink)s;
 
 -- name: want_letters
--- Ask for dead letters to be delivered.
-update cdc.dead_letter set wanted = true where sink = %(sink)s and id = any (%(ids)s) returning id;
+-- Ask for dead letters to be delivered. One that was asked for already is not touched: it may be on its way.
+with here as (select id, wanted from cdc.dead_letter where sink = %(sink)s and id = any (%(ids)s) for update),
+     asked as (update cdc.dead_letter d set wanted = true from here h where d.id = h.id and not h.wanted)
+select id from here;
 
 -- name: rewrite_letter
 -- Put another event in the place of a dead letter's, and ask for it to be delivered.
@@ -859,6 +861,38 @@ select l.pid, p.gid, coalesce(nullif(a.application_name, ''), a.usename, a.backe
 select k.name, coalesce(k.owner, '?') from cdc.sink k
  where exists (select from cdc.holder(k.id, k.epoch))
  order by k.name;
+
+-- name: schema_cdc
+-- Whose schema cdc is, whose our version table in it (null: there is none), who we are, and whether we may make schemas here.
+-- Of the catalogue: what stands in a schema that may be anybody's is neither read nor called. No row: there is none.
+select pg_catalog.pg_get_userbyid(n.nspowner)::text, pg_catalog.pg_get_userbyid(v.relowner)::text, current_user::text,
+       pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')
+  from pg_catalog.pg_namespace n
+  left join pg_catalog.pg_class v on v.relnamespace = n.oid and v.relname = 'alembic_version' and v.relkind = 'r'
+ where n.nspname = 'cdc';
+
+-- name: contents_of_cdc
+-- What stands in schema cdc, whoever has made it: kind, name, and both for people. Not what is part of a table there, or
+-- inherits from one.
+select case d.classid when 'pg_catalog.pg_class'::regclass then 'relation'
+                      when 'pg_catalog.pg_proc'::regclass then 'function'
+                      when 'pg_catalog.pg_type'::regclass then 'type' end,
+       coalesce(c.relname, p.proname, t.typname), i.type || ' ' || i.identity
+  from pg_catalog.pg_depend d
+  cross join lateral pg_catalog.pg_identify_object(d.classid, d.objid, 0) i
+  left join pg_catalog.pg_class c on d.classid = 'pg_catalog.pg_class'::regclass and c.oid = d.objid
+  left join pg_catalog.pg_proc p on d.classid = 'pg_catalog.pg_proc'::regclass and p.oid = d.objid
+  left join pg_catalog.pg_type t on d.classid = 'pg_catalog.pg_type'::regclass and t.oid = d.objid
+ where d.refclassid = 'pg_catalog.pg_namespace'::regclass and d.refobjid = pg_catalog.to_regnamespace('cdc')
+   and i.schema = 'cdc'
+   and not exists (select from pg_catalog.pg_depend o
+                     join pg_catalog.pg_class r on r.oid = o.refobjid and r.relnamespace = d.refobjid
+                    where o.classid = d.classid and o.objid = d.objid
+                      and o.refclassid = 'pg_catalog.pg_class'::regclass and o.deptype in ('a', 'i'))
+   and not exists (select from pg_catalog.pg_inherits h
+                     join pg_catalog.pg_class r on r.oid = h.inhparent and r.relnamespace = d.refobjid
+                    where h.inhrelid = c.oid)
+ order by 3;
 
 -- name: tables_of_cdc
 -- The tables of schema cdc, whichever revision made them; children before their parents.

@@ -21,7 +21,7 @@ import pytest
 from pydantic import ValidationError
 
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
-from cdc.event import Event
+from cdc.event import Event, Op
 from cdc.sinks import _lines as module
 from cdc.sinks.file import FileOptions, FileSink
 
@@ -286,6 +286,92 @@ def test_what_no_retry_can_mend_is_permanent(sink: FileSink, make_event: Make) -
         sink.deliver([make_event(1), make_event(2, table="t" * 300)])
     assert list(raised.value.failures) == [1]
     assert isinstance(raised.value.failures[1], PermanentFailure)
+
+
+def test_a_name_that_is_nobodys_but_the_configurations_is_waited_for(tmp_path: Path, make_event: Make) -> None:
+    sink = FileSink("files", FileOptions(type="file", path=str(tmp_path / ("t" * 300))))
+    assert refused(sink, [make_event(1), make_event(2)]).endswith("File name too long (write a shorter path)")
+
+
+def test_a_device_that_cannot_be_synced_loses_nothing_to_dead_letters(make_event: Make) -> None:
+    sink = FileSink("files", FileOptions(type="file", path="/dev/null"))
+    assert refused(sink, [make_event(1)]) == (
+        "cannot write /dev/null: Invalid argument (path must name a file, on a file system that can sync it)"
+    )
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENAMETOOLONG])
+@pytest.mark.parametrize("of", [stat.S_ISDIR, stat.S_ISREG], ids=["directory", "file"])
+def test_what_a_sync_fails_with_says_nothing_against_a_name(
+    sink: FileSink,
+    tmp_path: Path,
+    make_event: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    code: int,
+    of: Callable[[int], bool],
+) -> None:
+    real = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if of(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", sync)
+        refused(sink, [make_event(1)])
+    sink.deliver([make_event(1)])
+    assert seqs(tmp_path / "orders.jsonl") == [1]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_name_that_the_file_system_does_not_take_is_permanent(
+    tmp_path: Path, make_event: Make, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real = getattr(os, call)
+
+    def pick(path: os.PathLike[str], *arguments: object, **keywords: object) -> object:
+        if "?" in os.fspath(path):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, call, pick)
+    sink = FileSink("files", FileOptions(type="file", path=str(tmp_path / "{table}" / "{table}.jsonl")))
+    with pytest.raises(PartialFailure) as raised:
+        sink.deliver([make_event(1), make_event(2, table="what?")])
+    sink.close()
+    assert {index: type(failure) for index, failure in raised.value.failures.items()} == {1: PermanentFailure}
+
+
+def test_what_comes_later_of_a_key_waits_in_other_files_too(tmp_path: Path, make_event: Make) -> None:
+    sink = FileSink("files", FileOptions(type="file", path=str(tmp_path / "{op}.jsonl")))
+    (tmp_path / "insert.jsonl").mkdir()
+    update, delete = ({"op": op} for op in (Op.UPDATE, Op.DELETE))
+    batch = [
+        make_event(1, key=1),
+        make_event(2, key=1).model_copy(update=update),
+        make_event(3, key=2).model_copy(update=update),
+        make_event(4, key=2).model_copy(update=delete),
+        make_event(5, key=1).model_copy(update=delete),
+        make_event(6, key=2),
+    ]
+    for _ in range(3):
+        with pytest.raises(PartialFailure) as raised:
+            sink.deliver(batch)
+        failures = raised.value.failures
+        assert {type(failure) for failure in failures.values()} == {TransientFailure}
+        assert "Is a directory" in str(failures[0])
+        said = {str(failure) for index, failure in failures.items() if batch[index].op is not Op.INSERT}
+        assert said == {"an event before it, of the same key, was not taken"}
+        batch = [batch[index] for index in sorted(failures)]
+        assert [event.source.seq for event in batch] == [1, 2, 5, 6]  # nothing of it was written
+    assert seqs(tmp_path / "update.jsonl") == [3]
+    assert seqs(tmp_path / "delete.jsonl") == [4]
+    (tmp_path / "insert.jsonl").rmdir()
+    sink.deliver(batch)
+    sink.close()
+    assert [seqs(tmp_path / f"{op}.jsonl") for op in ("insert", "update", "delete")] == [[1, 6], [3, 2], [4, 5]]
 
 
 def test_events_are_synced_before_deliver_returns(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import shutil
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +18,7 @@ import confluent_kafka
 import mock_kafka as mock
 import pytest
 import trustme
+from authority import Authority
 from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
 from confluent_kafka.admin import AdminClient, NewTopic
 from harness import until
@@ -466,6 +471,101 @@ def test_a_broker_that_cannot_prove_who_it_is_gets_nothing(secured: tuple[str, s
     sink.close()
 
 
+@pytest.fixture
+def doorkeeper(tmp_path: Path) -> Iterator[Callable[..., tuple[str, Callable[[], int]]]]:
+    """``doorkeeper(authority, version)``: who speaks TLS and lets nobody in whom the authority does not know.
+
+    Made: the address, and how to learn how many it has let in. It is no broker, and says nothing to them.
+    """
+    listeners: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def make(authority: Authority, version: ssl.TLSVersion) -> tuple[str, Callable[[], int]]:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.minimum_version = tls.maximum_version = version
+        tls.load_cert_chain(authority.server, authority.server_key)
+        tls.load_verify_locations(authority.ca)
+        tls.verify_mode = ssl.CERT_REQUIRED
+        listener = socket.create_server(("127.0.0.1", 0))
+        entered: list[bytes] = []
+
+        def look() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    client.settimeout(5)
+                    with contextlib.suppress(OSError), tls.wrap_socket(client, server_side=True) as inside:
+                        if said := inside.recv(100):
+                            entered.append(said)
+
+        listeners.append(listener)
+        threads.append(threading.Thread(target=look))
+        threads[-1].start()
+        return f"127.0.0.1:{listener.getsockname()[1]}", lambda: len(entered)
+
+    yield make
+    for listener, thread in zip(listeners, threads, strict=True):
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("wrong", ["ca", "certificate"])
+def test_files_that_were_put_right_are_read_by_a_new_producer(
+    doorkeeper: Callable[..., tuple[str, Callable[[], int]]],
+    tmp_path: Path,
+    make_event: Make,
+    version: ssl.TLSVersion,
+    wrong: str,
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    stranger, authority = Authority(ours), Authority(theirs)
+    address, entered = doorkeeper(authority, version)
+    files = {"ca": "ca", "certificate": "client", "key": "client_key"}
+    for name, source in files.items():
+        believed = stranger if (wrong == "ca") == (name == "ca") else authority
+        shutil.copyfile(getattr(believed, source), tmp_path / name)
+    tls = {name: str(tmp_path / name) for name in files}
+    options = {"type": "kafka", "brokers": (address,), "timeout": "2s", "tls": tls}
+    sink = KafkaSink("events", KafkaOptions.model_validate(options))
+    for _ in range(2):
+        with pytest.raises(TransientFailure, match="SSL"):
+            sink.deliver([make_event(1)])
+    producer = sink._producer
+    with pytest.raises(TransientFailure, match="SSL"):
+        sink.deliver([make_event(1)])
+    assert sink._producer is producer
+    assert entered() == 0
+    for name, source in files.items():
+        shutil.copyfile(getattr(authority, source), tmp_path / name)
+
+    def is_let_in() -> bool:
+        with pytest.raises(TransientFailure):
+            sink.deliver([make_event(1)])
+        return entered() > 0
+
+    until(is_let_in, "it is let in")
+    sink.close()
+
+
+def test_a_producer_that_waits_for_its_brokers_is_kept_whatever_becomes_of_the_files(
+    tmp_path: Path, make_event: Make
+) -> None:
+    authority = Authority(tmp_path)
+    sink = sink_with_tls(f"127.0.0.1:{free_port()}", ca=str(authority.ca))
+    sink.open()
+    producer = sink._producer
+    authority.ca.touch()
+    for _ in range(2):
+        with pytest.raises(TransientFailure, match=r"refused|down"):
+            sink.deliver([make_event(1)])
+    assert sink._producer is producer
+    sink.close()
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     sink = sink_with_tls("127.0.0.1:1", ca=str(tmp_path / "absent.pem"))
     with pytest.raises(TransientFailure, match="ca"):
@@ -651,6 +751,12 @@ def test_a_truncate_has_the_tables_name_as_key(
     sink_to(cluster).deliver([event])
     (message,) = messages(cluster)
     assert message.key() == b'"public.orders"'
+
+
+@pytest.mark.parametrize("timeout", ["100ms", "3h", "1000d"])
+def test_librdkafka_is_content_with_any_timeout(timeout: str) -> None:
+    options = KafkaOptions.model_validate({"type": "kafka", "brokers": ("a:1",), "timeout": timeout})
+    confluent_kafka.Producer(options.for_client("events"))
 
 
 def test_options_cannot_be_made_with_a_wrong_broker() -> None:

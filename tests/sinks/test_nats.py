@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import pytest
 from authority import Authority
 from harness import until
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy
 from pydantic import ValidationError
 from service import Service, free_port, needed
@@ -27,7 +28,7 @@ from service import Service, free_port, needed
 from cdc.encoding import Encoder
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
-from cdc.sinks.nats import IN_FLIGHT, NatsOptions, NatsSink
+from cdc.sinks.nats import IN_FLIGHT, NatsOptions, NatsSink, _Connection
 
 Make = Callable[..., Event]
 ResultT = TypeVar("ResultT")
@@ -328,6 +329,101 @@ def test_a_server_without_jetstream_is_told_from_one_without_the_stream(
     assert "has no JetStream (start the server with it)" in transient(connect(server), [make_event(1)])
 
 
+# -- who else may answer ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., None]]:
+    """``serve(server, answer)``: a service that answers every request to a subject below cdc."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    clients: list[Client] = []
+
+    def call(what: Coroutine[Any, Any, ResultT]) -> ResultT:
+        return asyncio.run_coroutine_threadsafe(what, loop).result(30)
+
+    def start(server: Server, answer: bytes) -> None:
+        async def listen() -> None:
+            client = await nats.connect(server.url)
+            clients.append(client)
+            await client.subscribe("cdc.>", cb=reply)
+            await client.flush()
+
+        async def reply(request: Msg) -> None:
+            await request.respond(answer)
+
+        call(listen())
+
+    yield start
+    for client in clients:
+        call(client.close())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+ANSWERS = [
+    b"ok",
+    b"",
+    b"\xff",
+    b"[" * 100_000,
+    b"[1]",
+    b'{"seq":1}',
+    b'{"stream":"cdc"}',
+    b'{"stream":"other","seq":1}',
+    b'{"stream":"cdc","seq":"1"}',
+    b'{"stream":"cdc","seq":true}',
+    b'{"error":"no"}',
+    b'{"stream":"cdc","seq":1,"error":{}}',
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=[str(answer[:40]) for answer in ANSWERS])
+def test_what_a_service_answers_is_no_acknowledgement(
+    start: Callable[..., Server],
+    connect: Callable[..., NatsSink],
+    serve: Callable[..., None],
+    make_event: Make,
+    answer: bytes,
+) -> None:
+    server = start()
+    server.add_stream(subjects=["cdc.1"])
+    serve(server, answer)
+    sink = connect(server, subject="cdc.{key.id}", timeout="300ms")
+    with pytest.raises(PartialFailure) as raised:
+        sink.deliver([make_event(1), make_event(4929), make_event(4930, key=4929)])
+    assert sorted(raised.value.failures) == [1, 2]
+    assert isinstance(raised.value.failures[1], TransientFailure)
+    assert str(raised.value.failures[1]) == (
+        f"stream cdc of nats at 127.0.0.1:{server.port} did not acknowledge within 0.3 s, and something else answers "
+        "(let the stream have the subjects of cdc.{key.id})"
+    )
+    assert server.ids() == ["shop-1-1"]
+
+
+def test_the_streams_acknowledgement_is_waited_for_when_a_service_answers_first(
+    server: Server, connect: Callable[..., NatsSink], serve: Callable[..., None], make_event: Make
+) -> None:
+    serve(server, b"ok")
+    sink = connect(server)
+    sink.deliver([make_event(seq, key=seq % 3) for seq in range(1, 31)])
+    assert sorted(server.ids()) == sorted(f"shop-{seq}-1" for seq in range(1, 31))
+
+
+def test_an_acknowledgement_may_be_written_in_any_way(
+    server: Server, connect: Callable[..., NatsSink], make_event: Make
+) -> None:
+    connection = _Connection(connect(server).options, "stream")
+    for written in (
+        b'{"stream":"cdc", "seq":1}',
+        b'{"stream":"cdc","seq":1,"duplicate":true}',
+        b'{"domain": "leaf", "seq": 7, "stream": "cdc"}',
+        b'{"stream":"\\u0063dc","seq":1}',
+    ):
+        assert connection._is_acknowledged(written), written
+
+
 # -- the connection -----------------------------------------------------------------------------------------------
 
 
@@ -378,6 +474,20 @@ def test_a_server_that_stalls_is_waited_for_once(
     assert said.endswith("did not answer within 1 s")
     server.service.thaw()
     sink.deliver([make_event(2)])
+
+
+def test_a_server_that_stalls_is_waited_for_once_however_much_was_to_be_sent(
+    server: Server, connect: Callable[..., NatsSink], make_event: Make
+) -> None:
+    sink = connect(server, timeout="500ms")
+    sink.open()
+    server.service.freeze()
+    began = time.monotonic()
+    said = transient(sink, [make_event(seq, text="x" * 25_000) for seq in range(1, 501)])
+    assert time.monotonic() - began < 8
+    assert said.endswith("did not answer within 0.5 s")
+    server.service.thaw()
+    sink.deliver([make_event(501)])
 
 
 def test_closing_leaves_no_thread_behind(server: Server, connect: Callable[..., NatsSink], make_event: Make) -> None:

@@ -119,6 +119,39 @@ def test_streams_are_named_by_the_event_and_each_is_in_order(
             assert server.ids(f"shop/{table}/{key}") == expected
 
 
+@pytest.mark.parametrize(
+    ("database", "schema", "table", "name"),
+    [
+        ("shop", "public", "orders", "cdc:shop:public.orders"),
+        ("shop-2", "my schema", "größe_1", "cdc:shop-2:my schema.größe_1"),
+        ("shop", "a", "b.c", "cdc:shop:a.b%2Ec"),
+        ("shop", "a.b", "c", "cdc:shop:a%2Eb.c"),
+        ("a:b", "{x}", "50%", "cdc:a%3Ab:%7Bx%7D.50%25"),
+    ],
+)
+def test_no_name_says_more_than_what_it_is(
+    server: Server,
+    connect: Callable[..., RedisSink],
+    make_event: Make,
+    database: str,
+    schema: str,
+    table: str,
+    name: str,
+) -> None:
+    event = make_event(1, table=table)
+    source = event.source.model_copy(update={"database": database, "schema_name": schema})
+    connect(server, stream="cdc:{database}:{schema}.{table}").deliver([event.model_copy(update={"source": source})])
+    assert server.client.keys() == [name]
+
+
+def test_a_key_stands_in_a_name_as_the_json_it_is_and_a_column_as_a_word(
+    server: Server, connect: Callable[..., RedisSink], make_event: Make
+) -> None:
+    event = Event.from_json(make_event(1).to_json().replace('"key":{"id":1}', '"key":{"id":"a.b:c"}'))
+    connect(server, stream="{table}:{key}:{key.id}:{id}").deliver([event])
+    assert server.client.keys() == ['orders:{"id":"a.b:c"}:a%2Eb%3Ac:shop-1-1']
+
+
 def test_a_stream_is_cut_roughly_to_its_length(
     server: Server, connect: Callable[..., RedisSink], make_event: Make
 ) -> None:

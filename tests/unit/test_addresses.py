@@ -32,10 +32,16 @@ SPECIAL = [
     "2001::1",
     "5f00::1",
     "100.100.100.200",
+    "168.63.129.16",
+    "192.0.0.192",
+    "fd00:ec2::23",
     "fd00:ec2::254",
+    "fd20:ce::254",
+    "fd00:42::42",
+    "fd00:c1::a9fe:a9fe",
 ]
 NOBODY = ["0.0.0.0", "0.1.2.3", "255.255.255.255", "224.0.0.1", "239.1.2.3", "::", "ff02::1"]  # noqa: S104
-PUBLIC = ["8.8.8.8", "1.1.1.1", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00:1450::1"]
+PUBLIC = ["8.8.8.8", "1.1.1.1", "168.63.129.15", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00:1450::1"]
 
 
 def may(address: str, allowed: Allowed) -> bool:
@@ -84,6 +90,8 @@ def _hexadecimal(address: str) -> str:
         ("127.0.0.1", Allowed(private=True), True),
         ("10.1.2.3", Allowed(networks=(IPv4Network("10.1.0.0/16"),)), True),
         ("169.254.169.254", Allowed(private=True), False),
+        ("100.100.100.200", Allowed(private=True), False),
+        ("168.63.129.16", Allowed(private=True), False),
         ("8.8.8.8", Allowed(), True),
         ("0.1.2.3", Allowed(private=True), False),
     ],
@@ -107,6 +115,10 @@ def test_a_refusal_says_what_would_allow_it() -> None:
         Allowed().check(ip_address("10.0.0.7"))
     with pytest.raises(Refused, match=r"is not public \(allow_private allows it with a list of networks"):
         Allowed(private=True).check(ip_address("::ffff:169.254.169.254"))
+    with pytest.raises(
+        Refused, match=r"^168\.63\.129\.16 is a cloud's own \(allow_private allows it with a list of networks"
+    ):
+        Allowed().check(ip_address("168.63.129.16"))
 
 
 def test_one_wrong_address_of_a_name_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

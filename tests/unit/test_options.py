@@ -11,6 +11,7 @@ from cdc.options import (
     BatchOptions,
     Duration,
     EventOp,
+    Host,
     RetryOptions,
     SinkOptions,
     Size,
@@ -91,6 +92,50 @@ def test_anything_else_is_no_size(wrong: object) -> None:
 
 def test_a_size_is_a_whole_number_of_bytes() -> None:
     assert message(Size, "1.5B") == "not a whole number of bytes (write a number such as 512KiB)"
+
+
+@pytest.mark.parametrize("huge", [2**53 + 1, 2**63, 99999999999999999999, "8388609GiB", "999999999999999GiB"])
+def test_a_size_no_counter_holds_is_refused(huge: object) -> None:
+    assert message(Size, huge) == "too large (at most 8388608GiB)"
+
+
+def test_the_largest_size_is_one() -> None:
+    assert TypeAdapter(Size).validate_python("8388608GiB") == 2**53
+
+
+# -- hosts --
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "db1", "db-1.example.com", "mq_1", "127.0.0.1", "::1", "fe80::1%eth0", "bücher.example"]
+)
+def test_a_host_is_a_name_or_an_address(host: str) -> None:
+    assert TypeAdapter(Host).validate_python(host) == host
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "redis://u:S3CRET@127.0.0.1:6399",
+        "u:S3CRET@db1",
+        "S3CRET@db1",
+        "db1/S3CRET",
+        "db1:S3CRET",
+        "db1:6379",
+        "[::1]:6379",
+        "[::1]",
+        "db1 password=S3CRET",
+        " db1",
+        "db1\n",
+        "db1\x07",
+        "db1\u200b",
+        "",
+    ],
+)
+def test_what_is_more_than_a_host_is_refused_with_its_cure_and_without_its_value(wrong: str) -> None:
+    assert message(Host, wrong) == (
+        "not the name or address of a host (write it alone: port, user and password have keys of their own)"
+    )
 
 
 # -- table patterns --

@@ -15,6 +15,7 @@ from cdc import sinks
 from cdc.cli import main
 from cdc.errors import SinkDisabled
 from cdc.options import SinkOptions
+from cdc.sinks import option_models
 from cdc.sinks.base import Sink, require
 
 
@@ -82,3 +83,22 @@ def test_reading_a_configuration_imports_no_client_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(kind for kind, options in option_models().items() if "host" in options.model_fields)
+)
+def test_a_url_in_the_place_of_a_host_is_refused_and_its_password_not_shown(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    needed = {"exchange": "changes"} if kind == "rabbitmq" else {}
+    content = {
+        "databases": {"shop": {"dsn": "host=127.0.0.1 port=1", "tables": {"public.item": {}}}},
+        "sinks": {"events": {"type": kind, "host": f"{kind}://u:S3CRET@127.0.0.1:6399", **needed}},
+    }
+    path.write_text(json.dumps(content))
+    done = CliRunner().invoke(main, ["-c", str(path), "check"])
+    assert done.exit_code == 78
+    assert done.stderr == (
+        f"error: {path}: sinks.events.host: not the name or address of a host "
+        "(write it alone: port, user and password have keys of their own)\n"
+    )
