@@ -180,12 +180,6 @@ def read_secret(value: str, what: str, key: str) -> str:
     return secret
 
 
-def has_password(dsn: SecretStr) -> bool:
-    """Whether a connection string holds a password itself."""
-    text = dsn.get_secret_value()
-    return bool(re.search(r"://[^/@\s]*:[^@\s]+@|(?:^|[\s?&])password\s*=", text))
-
-
 def either(file: DsnFile | None, info: ValidationInfo) -> DsnFile | None:
     """Validate a field ``dsn_file`` that stands behind ``dsn``, None being the default of each: one has to be there.
 

@@ -9,6 +9,13 @@ Locks are asked for with a short lock_timeout: CREATE TRIGGER waits for writers 
 queue up behind it. When it comes to nothing the transaction is rolled back and tried again a little later; after the
 last try the error names who stands in the way. `uninstall` goes the same way.
 
+A schema called cdc need not be ours: it may be the application's, or somebody's who would like to have the rights of
+the role that migrates, and has put functions there for it to run. So before anything in it is read, let alone called,
+the catalogue has to say that the schema belongs to this very role and holds nothing, or our version table; and what is
+dropped with it is only what our revisions make.
+
+No statement is waited for without end: one of a revision `REVISIONS_DEADLINE`, any other `STATEMENT_DEADLINE`.
+
 Several databases may be migrated at once, by threads of one process. But Alembic's ``op`` and ``context`` exist once in
 a process, so revisions are run by one thread at a time; a database at head has none to run, and waits for nobody.
 """
@@ -18,6 +25,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +63,10 @@ LOCK_TIMEOUT = 2.0
 ATTEMPTS = 5
 PAUSE = 1.0
 """Seconds between attempts."""
+STATEMENT_DEADLINE = 60.0
+"""Seconds until a server that does not answer is given up: to capture a table with many partitions takes a while."""
+REVISIONS_DEADLINE = 30 * 60.0
+"""The same for a statement of a revision, which may be a whole script, over a large outbox."""
 
 ROLES = ("cdc_capture", "cdc_nobody", "cdc_reader")
 """What belongs to the cluster, and so to all of its databases together."""
@@ -154,6 +166,8 @@ def _attempt(name: str, dsn: str, work: _Work, on_wait: Callable[[str], None]) -
                 return work.run(connection)
             except CommandError as refusal:
                 raise _unknown_revision(refusal) from None
+            except DatabaseUnreachable as late:
+                raise DatabaseUnreachable(f"connection lost: {late}") from None
             except (psycopg2.Error, DBAPIError) as raised:
                 error = raised.orig if isinstance(raised, DBAPIError) else raised
                 message = first_line(error or raised)
@@ -201,12 +215,14 @@ class _Migration:
         self.at = None
         with _transaction(connection) as transaction, connection.raw.cursor() as cursor:
             cursor.execute(BEGIN, {"lock_timeout": f"{LOCK_TIMEOUT:g}s"})
-            changes = [*self._restore_functions(cursor)]
-            before = _revision(transaction)
-            if self.upgrade is not None:
-                self.upgrade(transaction)
-            elif before != head():
-                upgrade_to_head(transaction)
+            there = may_use_schema(_ask(cursor))
+            changes = [*self._restore_functions(cursor)] if there else []
+            before = _revision(transaction) if there else None
+            with _patience(connection):
+                if self.upgrade is not None:
+                    self.upgrade(transaction)
+                elif before != head():
+                    upgrade_to_head(transaction)
             after = _revision(transaction)
             if before != after:
                 changes.append(Change("schema cdc", f"revision {before or 'none'} → {after or 'none'}"))
@@ -279,23 +295,133 @@ def role_of(dsn: str) -> str | None:
         return ext.parse_dsn(dsn).get("user")
 
 
+# -- the transaction --------------------------------------------------------------------------------------------
+
+
+class _Cursor(ext.cursor):
+    """Gives every statement a deadline, whoever runs it: SQLAlchemy and Alembic know of none."""
+
+    def execute(self, query: Any, vars: Any = None) -> None:  # noqa: A002  # its name in psycopg2
+        _allow(self.connection, self._seconds())
+        super().execute(query, vars)
+
+    def _seconds(self) -> float:
+        return STATEMENT_DEADLINE
+
+
+class _RevisionCursor(_Cursor):
+    """The same for revisions."""
+
+    def _seconds(self) -> float:
+        return REVISIONS_DEADLINE
+
+
+def _allow(session: Any, seconds: float) -> None:
+    """Begin a new deadline of a :attr:`cdc.connection.Connection.raw`."""
+    session.allow(seconds)
+
+
+@contextmanager
+def _patience(connection: Connection) -> Iterator[None]:
+    """Statements may take as long as revisions do."""
+    connection.raw.cursor_factory = _RevisionCursor
+    try:
+        yield
+    finally:
+        connection.raw.cursor_factory = _Cursor
+
+
 @contextmanager
 def _transaction(connection: Connection) -> Iterator[SqlConnection]:
     """A transaction on our session that SQLAlchemy, and so Alembic, can work in; committed at the end."""
     connection.raw.autocommit = False
-    connection.wait_forever()  # waiting for locks is bounded by lock_timeout
+    connection.raw.cursor_factory = _Cursor
     engine = create_engine("postgresql+psycopg2://", creator=lambda: connection.raw, poolclass=NullPool)
     sql_connection = engine.connect()
     try:
         yield sql_connection
+        _allow(connection.raw, STATEMENT_DEADLINE)
         connection.raw.commit()
     except BaseException:
         if not connection.raw.closed:
+            _allow(connection.raw, STATEMENT_DEADLINE)
             connection.raw.rollback()
         raise
     finally:
         if not sql_connection.invalidated:
             sql_connection.detach()
+
+
+# -- the schema -------------------------------------------------------------------------------------------------
+
+Ask = Callable[[str], Sequence[tuple[Any, ...]]]
+"""Runs a query without parameters and returns its rows, as :meth:`cdc.connection.Connection.query`."""
+
+
+def _ask(cursor: ext.cursor) -> Ask:
+    def ask(query: str) -> Sequence[tuple[Any, ...]]:
+        cursor.execute(query)
+        return cursor.fetchall()
+
+    return ask
+
+
+def may_use_schema(ask: Ask, *, reading: bool = False) -> bool:
+    """Whether there is a schema cdc, to be asked before anything in it is; nothing of it is trusted until then.
+
+    Args:
+        ask: runs a query in the database.
+        reading: nothing is to be changed. Then it may be another's for a role that could not migrate: it is the
+            daemon's, which reads there all the time.
+
+    Raises:
+        InstallError: it is not ours, or another role's.
+    """
+    for owner, version_owner, role, may_create in ask(QUERIES["schema_cdc"]):
+        if may_create or not reading:
+            _refuse_another_owner("migrate", owner, version_owner, role)
+        if version_owner is None and (things := [what for _, _, what in ask(QUERIES["contents_of_cdc"])]):
+            raise InstallError(f"schema cdc is not of cdc: it holds {_some(things)} (rename or drop the schema)")
+        return True
+    return False
+
+
+def _may_remove_schema(ask: Ask) -> bool | None:
+    """Whether schema cdc is ours to remove; None: there is none. False: it has nothing to do with us.
+
+    Raises:
+        InstallError: another role has installed it.
+    """
+    for owner, version_owner, role, _ in ask(QUERIES["schema_cdc"]):
+        if version_owner is not None:
+            _refuse_another_owner("uninstall", owner, version_owner, role)
+        return version_owner is not None
+    return None
+
+
+def _refuse_another_owner(command: str, owner: str, version_owner: str | None, role: str) -> None:
+    # Membership of the owner, which a superuser has of everybody, is no reason to run his functions.
+    if owner != role:
+        raise InstallError(
+            f"schema cdc belongs to {owner}, not to {role} (if {owner} has installed cdc, {command} as that role; if "
+            "not, drop or rename the schema)"
+        )
+    if version_owner not in (None, owner):
+        raise InstallError(
+            f"schema cdc belongs to {owner}, and its table alembic_version to {version_owner} (let one role own all of "
+            "it)"
+        )
+
+
+_KINDS = {"function": "function", "sequence": "relation", "table": "relation", "type": "type", "view": "relation"}
+
+
+def _made_by_revisions() -> set[tuple[str, str]]:
+    """What the revisions make in schema cdc, as (kind, name): read off their scripts, and so true of new ones."""
+    creates = re.compile(rf"^create (?:or replace )?({'|'.join(_KINDS)}) cdc\.(\w+)", re.MULTILINE)
+    scripts = (migrations_directory() / "sql").glob("*.up.sql")
+    made = {(_KINDS[what], name) for path in scripts for what, name in creates.findall(path.read_text("utf-8"))}
+    return made | {("relation", "alembic_version")}
 
 
 def alembic_config(**attributes: object) -> AlembicConfig:
@@ -313,7 +439,7 @@ def upgrade_to_head(transaction: SqlConnection) -> None:
 
 
 def upgrade_script(revision: str | None) -> str:
-    """What :func:`upgrade_to_head` would run on a database at a revision (None: without one), as SQL text.
+    """What :func:`upgrade_to_head` would run in a schema cdc at a revision (None: without one), as SQL text.
 
     Raises:
         InstallError: a revision this program does not know.
@@ -355,7 +481,7 @@ def upgrade_script(revision: str | None) -> str:
         "CREATE TABLE cdc.alembic_version", "CREATE TABLE IF NOT EXISTS cdc.alembic_version"
     )
     script = script.encode("ascii", "replace").decode()  # its comments have more than the database's encoding may
-    return f"create schema if not exists cdc;\n\n{script}\nselect cdc.keep_definitions();\n"
+    return f"{script}\nselect cdc.keep_definitions();\n"
 
 
 def _revision(transaction: SqlConnection) -> str | None:
@@ -448,7 +574,14 @@ def _in_the_way(watch: Connection, table: tuple[int, str] | None) -> str:
 
 
 def losses(connection: Connection) -> list[str]:
-    """What would be lost for good with schema cdc, each as words. Raises as Connection.query."""
+    """What would be lost for good with schema cdc, each as words.
+
+    Raises:
+        InstallError: it could not be removed.
+        DatabaseError: as Connection.query.
+    """
+    if not _may_remove_schema(connection.query):
+        return []
     try:
         found = outbox.sink_statuses(connection)
     except NotInstalled:
@@ -498,6 +631,11 @@ class _Removal:
         self.at = None
         with _transaction(connection), connection.raw.cursor() as cursor:
             cursor.execute(BEGIN, {"lock_timeout": f"{LOCK_TIMEOUT:g}s"})
+            ours = _may_remove_schema(_ask(cursor))
+            if not ours:
+                stays = [Change("schema cdc", "stays: it is not of cdc")] if ours is False else []
+                return [*stays, *self._remove_roles(cursor)]
+            self._refuse_while_others_are_in_it(cursor)
             cursor.execute(QUERIES["tables_of_cdc"])
             tables = cursor.fetchall()
             # First, because from here on no daemon can begin to serve a sink.
@@ -508,6 +646,15 @@ class _Removal:
             self._lock(cursor, tables)
             return [*changes, *self._remove_schema(cursor), *self._remove_roles(cursor)]
 
+    def _refuse_while_others_are_in_it(self, cursor: ext.cursor) -> None:
+        cursor.execute(QUERIES["contents_of_cdc"])
+        ours = _made_by_revisions()
+        if others := [what for kind, name, what in cursor.fetchall() if (kind, name) not in ours]:
+            raise InstallError(
+                f"schema cdc holds what cdc has not made: {', '.join(others)} (move or drop that first; if a newer cdc "
+                "has made it, uninstall with that one)"
+            )
+
     def _lock(self, cursor: ext.cursor, tables: Iterable[tuple[Any, ...]]) -> None:
         for relation, table in tables:
             self.at = (relation, f"cdc.{table}")
@@ -517,7 +664,7 @@ class _Removal:
     def _refuse_while_served(self, cursor: ext.cursor) -> None:
         cursor.execute("select to_regprocedure('cdc.holder(integer, bigint)') is null")
         if cursor.fetchone() == (True,):
-            return  # nothing installed, or a revision whose daemons this program knows nothing of
+            return  # a revision whose daemons this program knows nothing of
         cursor.execute(QUERIES["served_sinks"])
         if served := cursor.fetchall():
             sinks = ", ".join(f"{sink} by {owner}" for sink, owner in served)
@@ -538,10 +685,8 @@ class _Removal:
         cursor.execute(QUERIES["dependents_of_cdc"])
         if others := [str(row[0]) for row in cursor.fetchall()]:
             raise InstallError(f"depends on schema cdc: {', '.join(others)} (drop that first)")
-        cursor.execute("select to_regnamespace('cdc') is not null")
-        if cursor.fetchone() == (True,):
-            cursor.execute("drop schema cdc cascade")
-            yield Change("schema cdc", "removed")
+        cursor.execute("drop schema cdc cascade")
+        yield Change("schema cdc", "removed")
 
     def _remove_roles(self, cursor: ext.cursor) -> Iterator[Change]:
         for role in ROLES:

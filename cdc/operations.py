@@ -258,6 +258,10 @@ _TYPES = {
 }
 """The parameters of ``cdc.enable_capture`` and ``cdc.capture_plan``."""
 
+_OWNER = """
+select pg_catalog.pg_get_userbyid(n.nspowner)::text, current_user::text
+  from pg_catalog.pg_namespace n where n.nspname = 'cdc'
+"""
 _PARAMETERS = """
 select p.proargnames::text[]
   from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
@@ -314,6 +318,10 @@ def _run(operations: Operations, function: str, arguments: Mapping[str, str | No
         context.impl.static_output(f"select cdc.{function}({', '.join(given)}){context.impl.command_terminator}")
         return
     connection = operations.get_bind()
+    for owner, role in connection.execute(text(_OWNER)):
+        if owner != role:  # nothing of it is called: it may be anybody's
+            cure = "migrations that capture tables run as the role that runs `cdc migrate`"
+            raise CommandError(f"schema cdc belongs to {owner}, not to {role} ({cure})")
     _check_installed(connection)
     _call(connection, f"select cdc.{function}", arguments)
 

@@ -130,7 +130,7 @@ Size = Annotated[int, BeforeValidator(_size)]
 # -- hosts --
 
 
-def _host(value: str) -> str:
+def checked_host(value: str) -> str:
     """The host itself; ValueError for what may hold more than that, because hosts are shown in logs and errors."""
     is_odd = any(letter in "/@" or letter.isspace() or not letter.isprintable() for letter in value)
     if not value or is_odd or (":" in value and not _is_address(value)):
@@ -148,7 +148,7 @@ def _is_address(value: str) -> bool:
     return True
 
 
-Host = Annotated[str, AfterValidator(_host)]
+Host = Annotated[str, AfterValidator(checked_host)]
 """The name of a host, or its IPv4 or IPv6 address without brackets; nothing beside it."""
 
 

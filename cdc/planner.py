@@ -5,6 +5,9 @@ somebody has locked altogether is told of without its size. Whether the triggers
 ``cdc.capture_plan`` says. Where that is missing or of another revision, there is only the catalogue to go by: a table
 without our triggers gets them, one that has some is compared once the schema is at head.
 
+Nothing in a schema cdc is read before :func:`cdc.installer.may_use_schema` has said whose it is; the script asks that
+again, for the role it is run by.
+
 The script holds the statements of :mod:`cdc.installer`, written out: the revisions as Alembic renders them, the queries
 with their parameters filled in.
 """
@@ -134,7 +137,8 @@ class _Look:
         self._name = name
         self._database = database
         self._head = inventory.head()
-        self._revision = inventory.installed_revision(connection)
+        self._there = installer.may_use_schema(connection.query, reading=True)
+        self._revision = inventory.installed_revision(connection) if self._there else None
         self._at_head = self._revision == self._head
         # Of a revision that is not known here this says so.
         self._upgrade = "" if self._at_head else installer.upgrade_script(self._revision)
@@ -164,7 +168,7 @@ class _Look:
             yield Step("name in events", f"{called[0][0] or 'none'} → {self._name}")
 
     def functions(self) -> Iterator[Step]:
-        for name in inventory.replaced_functions(self._connection):
+        for name in inventory.replaced_functions(self._connection) if self._there else ():
             yield Step(f"function {name}", "put back")
 
     def tables(self) -> Iterator[tuple[str, Step]]:
@@ -214,9 +218,10 @@ class _Look:
     def script(self, sinks: Mapping[str, str], role: str | None) -> Iterator[str]:
         """The parts of the script; `role` is the daemon's."""
         before = self._revision or "none"
+        yield _ENCODING
         yield _HEAD.format(name=_in_a_comment(self._name), before=before, head=self._head)
         yield "begin;\n" + self._sql(installer.BEGIN, {"lock_timeout": f"{installer.LOCK_TIMEOUT:g}s"})
-        yield self._sql(_GUARD, {"revision": self._revision})
+        yield "-- whose schema cdc is, and at which revision\n" + self._sql(_GUARD, {"revision": self._revision})
         if any(self.functions()):
             yield "-- functions of schema cdc that somebody has replaced\nselect cdc.restore_definitions();"
         if not self._at_head:
@@ -254,6 +259,9 @@ def _in_a_comment(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+_ENCODING = "set client_encoding = 'UTF8';"
+"""First of all, for names that are not ASCII stand in what follows, comments included."""
+
 _HEAD = """\
 -- cdc: brings database {name} from revision {before} to {head} and its triggers in line with the configuration, as
 -- `cdc migrate` would. To be run once by the role that is to own schema cdc:
@@ -265,8 +273,15 @@ do $guard$
 declare
   present text;
   wanted constant text := %(revision)s;
+  owner constant text := (select pg_catalog.pg_get_userbyid(n.nspowner) from pg_catalog.pg_namespace n
+                           where n.nspname = 'cdc');
 begin
-  if pg_catalog.to_regclass('cdc.alembic_version') is not null then
+  if owner is null then
+    create schema cdc;
+  elsif owner <> current_user then
+    raise exception 'schema cdc belongs to %%, not to %% (if %% has installed cdc, run this as that role; if not, '
+      'drop or rename the schema)', owner, current_user, owner;
+  elsif pg_catalog.to_regclass('cdc.alembic_version') is not null then
     execute 'select version_num from cdc.alembic_version' into present;
   end if;
   if present is distinct from wanted then

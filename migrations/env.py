@@ -7,6 +7,9 @@
 
 Revisions are plain SQL and import nothing from `cdc`; only ``-x config`` needs the installed package, for its YAML.
 The revision is kept in ``cdc.alembic_version``: the database may have an ``alembic_version`` of its own.
+
+Neither that table nor anything else in schema cdc is looked at before it is certain that the schema belongs to the role
+that migrates: in somebody else's, functions and views would be waiting to be run with the rights of that role.
 """
 
 from __future__ import annotations
@@ -15,9 +18,23 @@ from typing import Any
 
 import psycopg2
 from alembic import context
+from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
+
+SCHEMA = """
+select pg_catalog.pg_get_userbyid(n.nspowner)::text, current_user::text,
+       exists (select from pg_catalog.pg_class c
+                where c.relnamespace = n.oid and c.relname = 'alembic_version' and c.relkind = 'r'
+                  and c.relowner = n.nspowner),
+       exists (select from pg_catalog.pg_class c where c.relnamespace = n.oid)
+       or exists (select from pg_catalog.pg_proc p where p.pronamespace = n.oid)
+       or exists (select from pg_catalog.pg_type t where t.typnamespace = n.oid)
+  from pg_catalog.pg_namespace n
+ where n.nspname = 'cdc'
+"""
+"""Whose schema cdc is, who we are, whether it has our version table, whether it holds anything."""
 
 KEEP_DEFINITIONS = """
 do $keep$
@@ -33,8 +50,7 @@ $keep$
 
 def run(connection: Connection) -> None:
     """Carry Alembic's command out on one database, inside the caller's transaction."""
-    if moves():
-        connection.execute(text("create schema if not exists cdc"))
+    enter_schema(connection)
     context.configure(connection=connection, version_table_schema="cdc", transactional_ddl=False)
     event.listen(connection, "before_cursor_execute", in_ascii, retval=True)
     try:
@@ -43,6 +59,30 @@ def run(connection: Connection) -> None:
         event.remove(connection, "before_cursor_execute", in_ascii)
     if moves():
         connection.execute(text(KEEP_DEFINITIONS))
+
+
+def enter_schema(connection: Connection) -> None:
+    """Make schema cdc where there is none, and refuse one that is another's.
+
+    Raises:
+        CommandError: it belongs to another role, or to an application.
+    """
+    found = connection.exec_driver_sql(SCHEMA).first()
+    if found is None:
+        if moves():
+            connection.exec_driver_sql("create schema cdc")
+        return
+    owner, role, has_version, holds_something = found
+    if owner != role:
+        raise CommandError(
+            f"schema cdc belongs to {owner}, not to {role} (if {owner} has installed cdc, run this as that role; if "
+            "not, drop or rename the schema)"
+        )
+    if holds_something and not has_version:
+        raise CommandError(
+            f"schema cdc is not of cdc: it holds something, and no table alembic_version of {owner} (rename or drop "
+            "the schema)"
+        )
 
 
 def in_ascii(connection: Connection, cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
@@ -58,6 +98,8 @@ def run_dsn(dsn: str) -> None:
             run(connection)
     except DBAPIError as error:
         raise SystemExit(f"error: {str(error.orig).splitlines()[0]}") from None
+    except CommandError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def moves() -> bool:

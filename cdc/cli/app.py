@@ -104,7 +104,7 @@ class App:
             raise ConfigError(
                 [f"no database {name} in the configuration (known: {', '.join(known)})" for name in unknown]
             )
-        return list(names) or known
+        return list(dict.fromkeys(names)) or known
 
     @contextmanager
     def places(self, names: Collection[str] | None = None) -> Iterator[dict[str, Place]]:

@@ -5,7 +5,6 @@ Telling is the daemon's work: these commands only write down what is wanted, and
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,11 @@ from cdc import backfill as rows
 from cdc import outbox
 from cdc.backfill import Backfill, State
 from cdc.cli.app import App, Place, databases_option, pass_app
-from cdc.cli.several import each, fed_from, ring
-from cdc.cli.terminal import age, console, plain, print_table
+from cdc.cli.several import check_owner, each, fed_from, ring, table_patterns
+from cdc.cli.terminal import age, console, plain, print_json, print_table
 from cdc.connection import Connection
 from cdc.errors import CdcError
-from cdc.options import matches, split
+from cdc.options import is_glob, matches, split
 
 _COLUMNS = ("database", "sink", "table", "state", "done", "rows", "of about", "rows/s", "left")
 _NUMBERS = ("done", "rows", "of about", "rows/s", "left")
@@ -38,17 +37,8 @@ def backfill() -> None:
     """Let sinks be told of the rows that tables have already."""
 
 
-def _patterns(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    for pattern in value:
-        try:
-            split(pattern)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from None
-    return value
-
-
 _sink = click.argument("sink")
-_tables = click.argument("tables", nargs=-1, metavar="[TABLE]...", callback=_patterns)
+_tables = click.argument("tables", nargs=-1, metavar="[TABLE]...", callback=table_patterns)
 
 
 @backfill.command()
@@ -75,6 +65,7 @@ def start(
     meanwhile. SQL under --where is about the table's columns by their names, and runs as the role that migrates.
     """
     selected = fed_from(app, sink, names)
+    by_name = {split(pattern) for pattern in tables if not is_glob(pattern)}
     found = False
 
     def ask(name: str, place: Place) -> Iterator[str]:
@@ -82,20 +73,22 @@ def start(
         options = app.config.sinks[sink]
         # A condition is SQL: it is the one who may migrate that asks for it, and whose rights it runs with.
         with Connection(place.dsn if where is None else place.migrate_dsn, purpose="backfill") as connection:
+            if where is not None:
+                check_owner(connection)
             standing = outbox.attendance(connection, sink)
             if standing is None:
                 raise CdcError(f"sink {sink} has no position yet (run cdc migrate)")
             for table in rows.candidates(connection):
-                named = any(matches(pattern, table.schema, table.table) for pattern in tables)
                 label = f"{table.schema}.{table.table}"
-                if tables and not named:
+                if not _is_meant(tables, table.schema, table.table):
                     continue
+                is_named = (table.schema, table.table) in by_name
                 if not options.wants(name, table.schema, table.table, "read"):
-                    if label in tables:
+                    if is_named:
                         raise CdcError(f"sink {sink} does not want rows of {label} (see its keys tables and ops)")
                     continue
                 found = True
-                if table.obstacle is not None and label not in tables:
+                if table.obstacle is not None and not is_named:
                     yield f"{name}: {label} is left out: it {table.obstacle}"
                     continue
                 began = rows.start(connection, sink, table, rows=chunk, rate=rate, condition=where)
@@ -114,12 +107,18 @@ def start(
 
 @backfill.command()
 @click.argument("sink", required=False)
+@_tables
 @databases_option
 @click.option("--watch", is_flag=True, help="Stay, until none is running.")
 @click.option("--json", "as_json", is_flag=True, help='{"databases": {DB: {SINK: [{…}]}}}')
 @pass_app
-def status(app: App, sink: str | None, names: tuple[str, ...], watch: bool, as_json: bool) -> None:
-    """Show how far the backfills of SINK are, or of all sinks; of each table the last one."""
+def status(
+    app: App, *, sink: str | None, tables: tuple[str, ...], names: tuple[str, ...], watch: bool, as_json: bool
+) -> None:
+    """Show how far the backfills of SINK are, of all tables or of these TABLEs; or of all sinks.
+
+    Of each table it is the last one.
+    """
     selected = app.select(names) if sink is None else fed_from(app, sink, names)
     out = console()
     with app.places(selected) as places:
@@ -129,7 +128,8 @@ def status(app: App, sink: str | None, names: tuple[str, ...], watch: bool, as_j
 
             def ask(name: str, place: Place) -> tuple[str, ...]:
                 with Connection(place.dsn, purpose="backfill") as connection:
-                    found[name] = rows.backfills(connection, sink)
+                    all_ = rows.backfills(connection, sink)
+                found[name] = [one for one in all_ if _is_meant(tables, one.schema, one.table)]
                 return ()
 
             code = each(places, selected, ask)
@@ -145,7 +145,7 @@ def status(app: App, sink: str | None, names: tuple[str, ...], watch: bool, as_j
                     found, code = look()
     if as_json:
         shape = {name: _by_sink(all_) for name, all_ in found.items()}
-        click.echo(json.dumps({"databases": shape}, ensure_ascii=False, indent=2))
+        print_json({"databases": shape})
     elif any(found.values()):
         print_table(_table(found, out), out)
         for name, all_ in found.items():
@@ -199,9 +199,7 @@ def _change(
             relations = None
             if tables:
                 known = [one for one in rows.backfills(connection, sink) if one.state in rows.FROM[state]]
-                relations = [
-                    one.relation for one in known if any(matches(pattern, one.schema, one.table) for pattern in tables)
-                ]
+                relations = [one.relation for one in known if _is_meant(tables, one.schema, one.table)]
             for table in rows.change(connection, sink, state, relations):
                 changed = True
                 yield f"{name}: backfill of {table} for sink {sink} is {done}"
@@ -212,6 +210,11 @@ def _change(
     if not changed and code == 0:
         raise CdcError(f"sink {sink} has no backfill that is {needed} (see cdc backfill status {sink})")
     sys.exit(code)
+
+
+def _is_meant(patterns: Sequence[str], schema: str, table: str) -> bool:
+    """Whether a table is one of those that were asked for; all are where none was."""
+    return not patterns or any(matches(pattern, schema, table) for pattern in patterns)
 
 
 def _by_sink(all_: Sequence[Backfill]) -> dict[str, list[dict[str, object]]]:

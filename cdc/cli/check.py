@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import stat
 import sys
+from pathlib import Path
 
 import click
 
 from cdc import diagnosis
 from cdc.cli.app import App, databases_option, pass_app
-from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, console, plain
+from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, console, plain, print_json
+from cdc.config import literal_secrets, shown
 from cdc.diagnosis import Finding
-from cdc.dsn import has_password
 
+_NO_DATABASE = ""
+"""In place of a database's name, of a finding about the file itself."""
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -34,41 +36,44 @@ def check(app: App, names: tuple[str, ...], as_json: bool) -> None:
         dsns = {name: (place.dsn, place.migrate_dsn) for name, place in places.items()}
         findings = diagnosis.check(app.config, selected, dsns) + _exposed(app, selected)
     if as_json:
-        click.echo(json.dumps([_as_json(finding) for finding in findings], ensure_ascii=False, indent=2))
+        print_json([_as_json(finding) for finding in findings])
     else:
         out = console()
         for finding in findings:
-            out.print(plain(f"{finding.level:<7}", _STYLES[finding.level]), plain(_line(finding)))
+            out.print(plain(f"{finding.level:<7}", _STYLES[finding.level]), plain(_line(finding, app.path)))
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         sys.exit(EXIT_UNREACHABLE if all(error.unreachable for error in errors) else EXIT_FAILURE)
 
 
 def _exposed(app: App, names: list[str]) -> list[Finding]:
-    """The databases whose password stands in a configuration file that everybody can read."""
+    """The secrets that stand in a configuration file that everybody can read."""
     path = app.path
     if not path.stat().st_mode & stat.S_IROTH:
         return []
-    text = path.read_text(encoding="utf-8")
-    return [
-        Finding(name, "warning", key, f"holds a password, and {path} can be read by everybody", f"chmod o-r {path}")
-        for name in names
-        for key in ("dsn", "migrate_dsn")
-        if (dsn := getattr(app.config.databases[name], key)) is not None
-        and has_password(dsn)
-        and dsn.get_secret_value() in text
-    ]
+    cure = f"chmod o-r {path}"
+    findings = []
+    for place in literal_secrets(path, app.config):
+        match place:
+            case ("databases", str(name), str(key)):
+                if name in names:
+                    message = f"holds a password, and {path} can be read by everybody"
+                    findings.append(Finding(name, "warning", key, message, cure))
+            case _:
+                message = "is a secret, and everybody can read the file"
+                findings.append(Finding(_NO_DATABASE, "warning", shown(place), message, cure))
+    return findings
 
 
-def _line(finding: Finding) -> str:
+def _line(finding: Finding, path: Path) -> str:
     subject = f"{finding.subject}: " if finding.subject else ""
     cure = f" ({finding.cure})" if finding.cure else ""
-    return f"{finding.database}: {subject}{finding.message}{cure}"
+    return f"{finding.database or path}: {subject}{finding.message}{cure}"
 
 
 def _as_json(finding: Finding) -> dict[str, str | None]:
     return {
-        "database": finding.database,
+        "database": finding.database or None,
         "level": finding.level,
         "subject": finding.subject,
         "message": finding.message,

@@ -23,7 +23,7 @@ from cdc import dead_letters as letters
 from cdc import outbox
 from cdc.cli.app import App, Place, pass_app
 from cdc.cli.several import check_sink, each, ring
-from cdc.cli.terminal import EXIT_FAILURE, age, console, plain, print_table
+from cdc.cli.terminal import EXIT_FAILURE, age, console, plain, print_data, print_json, print_table
 from cdc.connection import Connection
 from cdc.dead_letters import Found, Selection
 from cdc.errors import CdcError
@@ -47,7 +47,7 @@ def _moment(context: click.Context, parameter: click.Parameter, value: str | Non
         return None
     try:
         return datetime.fromisoformat(value).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter where the year has no other zone
         pass
     try:
         return datetime.now(UTC) - timedelta(seconds=TypeAdapter(Duration).validate_python(value))
@@ -209,12 +209,12 @@ def list_(app: App, /, sink: str | None, as_json: bool, **options: Any) -> None:
     with _looking(app, meant) as look:
         found = look.find(meant, beyond=1)
         rows = [(name, letter) for name, here in found.items() for letter in here[: meant.limit]]
+        if not rows:
+            check_sink(app, sink)
         if as_json:
             _print_json(rows)
         elif rows:
             _print_list(rows)
-        else:
-            check_sink(app, sink)
         if any(len(here) > (meant.limit or 0) for here in found.values()):
             click.echo(f"there are more than {meant.limit} of a database (--limit N)", err=True)
 
@@ -228,13 +228,13 @@ def show(app: App, /, sink: str | None, as_json: bool, **options: Any) -> None:
     meant = _meant(sink, options)
     with _looking(app, meant) as look:
         rows = [(name, letter) for name, here in look.find(meant, whole=True).items() for letter in here]
-        if as_json:
+        if not rows:
+            _nothing(app, look, meant, as_json=as_json)
+        elif as_json:
             _print_json(rows)
         else:
             for name, letter in rows:
                 _print_whole(name, letter)
-        if not rows and not look.code:
-            _nothing(app, meant)
 
 
 def _print_list(rows: Sequence[tuple[str, Found]]) -> None:
@@ -278,7 +278,7 @@ def _print_whole(name: str, letter: Found) -> None:
 
 def _print_json(rows: Sequence[tuple[str, Found]]) -> None:
     shown = [_json(name, letter) for name, letter in rows]
-    click.echo("[" + ",".join(f"\n  {text}" for text in shown) + ("\n]" if shown else "]"))
+    print_data("[" + ",".join(f"\n  {text}" for text in shown) + ("\n]" if shown else "]"))
 
 
 def _json(name: str, letter: Found) -> str:
@@ -332,9 +332,14 @@ def _iso(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _nothing(app: App, meant: _Meant) -> None:
+def _nothing(app: App, look: _Look, meant: _Meant, *, as_json: bool) -> None:
     """Say that nothing was found; that is a failure where somebody named what he was looking for."""
-    check_sink(app, meant.selection.sink)
+    if not look.code:
+        check_sink(app, meant.selection.sink)
+    if as_json:
+        print_json([])
+    if look.code:
+        return  # why is said already
     of = f" of sink {meant.selection.sink}" if meant.selection.sink else ""
     click.echo(f"no dead letter{of} is meant (cdc dead-letters list shows those there are)", err=True)
     if meant.selection.event_ids:
@@ -364,8 +369,7 @@ def replay(app: App, /, sink: str, as_json: bool, edit: bool, wait: bool, **opti
         if edit and count > 1:
             raise click.UsageError(f"--edit takes one dead letter, and {count} are meant (say which with --id)")
         if not count:
-            if not look.code:
-                _nothing(app, meant)
+            _nothing(app, look, meant, as_json=as_json)
             return
         asked = _Asked(sink, wait=wait, as_json=as_json)
 
@@ -440,7 +444,7 @@ class _Asked:
 
     def conclude(self) -> None:
         if self._as_json:
-            click.echo(json.dumps(self._shape, ensure_ascii=False, indent=2))
+            print_json(self._shape)
 
     def _hindrance(self, connection: Connection) -> str | None:
         """Why nothing will happen for now."""
@@ -479,8 +483,7 @@ def discard(app: App, /, sink: str, as_json: bool, yes: bool, **options: Any) ->
     with _looking(app, meant) as look:
         found = look.find(meant)
         if not found:
-            if not look.code:
-                _nothing(app, meant)
+            _nothing(app, look, meant, as_json=as_json)
             return
         for name, here in found.items():
             click.echo(f"{name}: to be lost: {_letters(len(here))} of sink {sink}", err=True)
@@ -499,7 +502,7 @@ def discard(app: App, /, sink: str, as_json: bool, yes: bool, **options: Any) ->
 
         look.each(work, list(found))
         if as_json:
-            click.echo(json.dumps(shape, ensure_ascii=False, indent=2))
+            print_json(shape)
 
 
 def _letters(number: int) -> str:

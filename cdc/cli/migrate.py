@@ -8,7 +8,6 @@ them; the server then undoes what was not committed.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -23,7 +22,7 @@ from sqlalchemy import Connection as SqlConnection
 
 from cdc import installer, inventory, planner
 from cdc.cli.app import App, Place, databases_option, pass_app
-from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, byte_size, plain
+from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, byte_size, plain, print_data, print_json
 from cdc.errors import CdcError, DatabaseUnreachable, InstallError
 from cdc.planner import Step
 
@@ -120,7 +119,7 @@ def migrate_all(
     failed = fleet.failures(app)
     if as_json:
         changes = [change for result in fleet.results.values() for change in result]
-        click.echo(json.dumps({"changes": changes, "failed": failed}, ensure_ascii=False, indent=2))
+        print_json({"changes": changes, "failed": failed})
     fleet.conclude(failed, "done", "failed, left as it was")
     return failed
 
@@ -191,6 +190,11 @@ class Fleet(Generic[_ResultT]):
         return {name: _with_cure(app, name, error) for name, error in self.errors.items()} | {
             name: _NOT_BEGUN for name in self._names if name in self.not_begun
         }
+
+    def exit_code(self) -> int:
+        """Of what failed: whether it was only the way there."""
+        unreachable = all(isinstance(error, DatabaseUnreachable) for error in self.errors.values())
+        return EXIT_UNREACHABLE if unreachable else EXIT_FAILURE
 
     def conclude(self, failed: Mapping[str, str], done: str, left: str) -> None:
         """Say on stderr what failed and, if anything did or it was interrupted, what has become of each database.
@@ -290,7 +294,7 @@ def _write_script(app: App, places: dict[str, Place], name: str, *, schema_only:
         sinks=inventory.sinks_of(app.config, name),
         schema_only=schema_only,
     )
-    click.echo(text, nl=False)
+    print_data(text, nl=False)
 
 
 def _show_plan(app: App, places: dict[str, Place], names: list[str], *, schema_only: bool, as_json: bool) -> None:
@@ -316,11 +320,10 @@ def _show_plan(app: App, places: dict[str, Place], names: list[str], *, schema_o
     failed = fleet.failures(app)
     if as_json:
         changes = [{"database": name, **_as_json(step)} for name, steps in fleet.results.values() for step in steps]
-        click.echo(json.dumps({"changes": changes, "failed": failed}, ensure_ascii=False, indent=2))
+        print_json({"changes": changes, "failed": failed})
     fleet.conclude(failed, "planned", "failed")
     if failed:
-        unreachable = all(isinstance(error, DatabaseUnreachable) for error in fleet.errors.values())
-        sys.exit(EXIT_UNREACHABLE if unreachable else EXIT_FAILURE)
+        sys.exit(fleet.exit_code())
 
 
 def _line(step: Step) -> str:

@@ -9,23 +9,15 @@ import click
 
 from cdc import models as catalogue_models
 from cdc.cli.app import App, pass_app
+from cdc.cli.several import table_patterns
+from cdc.cli.terminal import print_data
 from cdc.connection import Connection
 from cdc.daemon import check_revision
 from cdc.errors import CdcError
-from cdc.options import split
-
-
-def _pattern(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    for value in values:
-        try:
-            split(value)
-        except ValueError as error:
-            raise click.BadParameter(f"{value}: {error}") from None
-    return values
 
 
 @click.command()
-@click.argument("tables", nargs=-1, metavar="[TABLE]...", callback=_pattern)
+@click.argument("tables", nargs=-1, metavar="[TABLE]...", callback=table_patterns)
 @click.option("-d", "--database", "name", metavar="DB", help="Which one; needed where there are several.")
 @click.option(
     "--format",
@@ -58,7 +50,7 @@ def models(
     if as_json or format_ == "jsonschema":
         text = catalogue_models.json_schema(text)
     if output is None:
-        click.echo(text, nl=False)
+        print_data(text, nl=False)
         return
     try:
         output.write_text(text, encoding="utf-8")

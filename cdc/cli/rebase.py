@@ -9,7 +9,7 @@ import click
 
 from cdc import outbox
 from cdc.cli.app import App, Place, databases_option, pass_app
-from cdc.cli.several import each
+from cdc.cli.several import check_owner, each
 from cdc.connection import Connection
 
 
@@ -27,6 +27,7 @@ def rebase(app: App, names: tuple[str, ...]) -> None:
 
     def do(name: str, place: Place) -> Iterator[str]:
         with Connection(place.migrate_dsn, purpose="rebase") as connection:
+            check_owner(connection)
             moved = outbox.moved_sinks(connection)
             if not moved:
                 yield f"{name}: the positions are good, nothing to do"

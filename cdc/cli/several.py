@@ -1,4 +1,7 @@
-"""What commands do to several databases, one after the other; one that fails does not stop the others."""
+"""What commands do to several databases, one after the other; one that fails does not stop the others.
+
+And how they are told of several tables.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,28 @@ import click
 
 from cdc import inventory, outbox
 from cdc.cli.app import App, Place
-from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE
+from cdc.cli.terminal import EXIT_FAILURE, EXIT_UNREACHABLE, lenient_stdout
 from cdc.connection import Connection
 from cdc.errors import CdcError, ConfigError, DatabaseUnreachable
+from cdc.options import split
+from cdc.sql import QUERIES
+
+
+def table_patterns(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """The callback of a parameter that takes tables, written as in the configuration."""
+    for pattern in value:
+        try:
+            split(pattern)
+        except ValueError as error:
+            raise click.BadParameter(f"{pattern}: {error}") from None
+    return value
+
+
+def check_owner(connection: Connection) -> None:
+    """Raise CdcError if schema cdc is another role's, before functions of it are called by whoever migrates."""
+    for owner, _, role, _ in connection.query(QUERIES["schema_cdc"]):
+        if owner != role:
+            raise CdcError(f"schema cdc belongs to {owner}, not to {role} (let migrate_dsn be the role that migrated)")
 
 
 def check_sink(app: App, sink: str | None) -> None:
@@ -39,6 +61,7 @@ def each(places: Mapping[str, Place], names: Sequence[str], do: Callable[[str, P
         do: gets a database's name and how to reach it; raises CdcError.
     """
     code = 0
+    lenient_stdout()
     for name in names:
         try:
             for line in do(name, places[name]):

@@ -10,7 +10,7 @@ import click
 
 from cdc import outbox
 from cdc.cli.app import App, Place, databases_option, pass_app
-from cdc.cli.several import each, fed_from, ring
+from cdc.cli.several import each, fed_from, ring, table_patterns
 from cdc.connection import Connection
 from cdc.decoding import OPS
 from cdc.errors import CdcError, ConfigError
@@ -69,7 +69,7 @@ def _target(context: click.Context, parameter: click.Parameter, value: str) -> s
         return value
     try:
         return datetime.fromisoformat(value).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter where the year has no other zone
         raise click.BadParameter("not a position (write earliest, now, or a time such as 2026-11-22T08:00)") from None
 
 
@@ -83,7 +83,14 @@ def _target(context: click.Context, parameter: click.Parameter, value: str) -> s
     metavar="earliest|now|TIMESTAMP",
     help="Where it goes on: at all that is kept, here, or at what was committed since then.",
 )
-@click.option("--table", "tables", multiple=True, metavar="TABLE", help="Only its events again; may be repeated.")
+@click.option(
+    "--table",
+    "tables",
+    multiple=True,
+    metavar="TABLE",
+    callback=table_patterns,
+    help="Only its events again; may be repeated.",
+)
 @click.option("--dry-run", is_flag=True, help="Say how many events would come, and change nothing.")
 @databases_option
 @pass_app

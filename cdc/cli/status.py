@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from rich.text import Text
 from cdc import diagnosis
 from cdc.backfill import Backfill
 from cdc.cli.app import App, databases_option, pass_app
-from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain, print_table
+from cdc.cli.terminal import EXIT_UNREACHABLE, age, byte_size, console, plain, print_json, print_table
 from cdc.diagnosis import DatabaseStatus, SinkLine, is_silent
 from cdc.outbox import OpenTransaction
 
@@ -49,7 +48,7 @@ def status(app: App, names: tuple[str, ...], as_json: bool) -> None:
         databases = diagnosis.status(app.config, selected, {name: place.dsn for name, place in places.items()})
     if as_json:
         shape = {"databases": {name: database.to_json() for name, database in databases.items()}}
-        click.echo(json.dumps(shape, ensure_ascii=False, indent=2))
+        print_json(shape)
     else:
         _show(databases, console(), datetime.now(UTC))
     if any(database.state == "unreachable" for database in databases.values()):
@@ -74,6 +73,7 @@ def _verdict(databases: Mapping[str, DatabaseStatus], rows: list[tuple[str, str,
     """The first thing somebody wants to know: whether all is well, and if not, how much is not."""
     lost = [name for name, database in databases.items() if database.state != "ok"]
     halted = [f"{name}/{sink}" for name, sink, line in rows if line.state not in ("running", "paused", "new")]
+    new = [f"{name}/{sink}" for name, sink, line in rows if line.state == "new"]
     paused = [f"{name}/{sink}" for name, sink, line in rows if line.state == "paused"]
     drifted = [name for name, database in databases.items() if database.drift or database.problems]
     letters = sum(line.detail.dead_letters for _, _, line in rows if line.detail)
@@ -81,6 +81,10 @@ def _verdict(databases: Mapping[str, DatabaseStatus], rows: list[tuple[str, str,
         f"{_of(len(lost), len(databases), 'database')} cannot be served: {', '.join(lost)}" if lost else "",
         f"{_of(len(halted), len(rows), 'sink')} {'does' if len(halted) == 1 else 'do'} not deliver: {', '.join(halted)}"
         if halted
+        else "",
+        f"{_of(len(new), len(rows), 'sink')} {'has' if len(new) == 1 else 'have'} no position yet (run cdc migrate): "
+        f"{', '.join(new)}"
+        if new
         else "",
         f"{_of(len(paused), len(rows), 'sink')} paused: {', '.join(paused)}" if paused else "",
         f"look at the triggers of {', '.join(drifted)}" if drifted else "",

@@ -11,7 +11,7 @@ import click
 
 from cdc.cli.app import App, databases_option, pass_app
 from cdc.cli.screen import line
-from cdc.cli.terminal import console, plain
+from cdc.cli.terminal import console, plain, print_data
 from cdc.connection import Connection
 from cdc.daemon import check_revision
 from cdc.decoding import Unreadable
@@ -54,7 +54,7 @@ def tail(app: App, tables: tuple[str, ...], names: tuple[str, ...], last: int, a
             if patterns and not any(matches(pattern, source.schema_name, source.table) for pattern in patterns):
                 continue
             if as_json:
-                click.echo(event.to_json())
+                print_data(event.to_json())
             else:
                 text = line(event)
                 out.print(plain(f"{name}  ", "dim") + text if len(selected) > 1 else text)
@@ -73,13 +73,14 @@ _Found = tuple[str, Event | Unreadable | CdcError]
 
 
 class _Reader(threading.Thread):
-    """Reads one database, and reads on after it was lost."""
+    """Reads one database, and reads on after it was lost; one that was never there is an error."""
 
     def __init__(self, name: str, dsn: str, last: int) -> None:
         super().__init__(name=f"{name}/tail", daemon=True)
         self._name = name
         self._dsn = dsn
         self._last = last
+        self._was_reached = False
         self._found: queue.Queue[_Found] | None = None
         self._stop_event = threading.Event()
 
@@ -100,6 +101,7 @@ class _Reader(threading.Thread):
         with Connection(self._dsn, purpose="tail") as connection:
             check_revision(connection)
             reader = Tail(connection, database=self._name)
+            self._was_reached = True
             last, self._last = self._last, 0
             for event in reader.last(last) if last else ():
                 self._put(event)
@@ -115,6 +117,8 @@ class _Reader(threading.Thread):
         self._found.put((self._name, found))
 
     def _interrupted(self, error: BaseException, wait: float) -> None:
+        if not self._was_reached:
+            raise error
         text = f"{self._name}: {error}; what is committed until it is back is not shown"
         click.echo(f"warning: {text}", err=True)
 
@@ -124,14 +128,16 @@ def _all_of(readers: Sequence[_Reader]) -> Iterator[tuple[str, Event | Unreadabl
     found: queue.Queue[_Found] = queue.Queue(WAITING * PAGE)
     for reader in readers:
         reader.start_into(found)
-    failed: list[str] = []
+    failed: list[CdcError] = []
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             name, item = found.get()
             if not isinstance(item, CdcError):
                 yield name, item
                 continue
-            failed.append(f"{name}: {item}")
-            click.echo(f"error: {failed[-1]}", err=True)
+            failed.append(item)
+            click.echo(f"error: {name}: {item}", err=True)
             if len(failed) == len(readers):
+                if all(isinstance(error, DatabaseUnreachable) for error in failed):
+                    raise DatabaseUnreachable("no database can be reached")
                 raise CdcError("no database is left to read")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from io import TextIOWrapper
+from typing import TextIO
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,9 +19,27 @@ EXIT_CONFIG = 78
 _WIDE = 10_000
 
 
+def lenient_stdout() -> TextIO:
+    """Standard output as it is now, with ? for a letter that it cannot show: that is no reason to end."""
+    stream = sys.stdout
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    return stream
+
+
+def print_json(value: object) -> None:
+    """Print something as JSON in several lines."""
+    print_data(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def print_data(text: str, *, nl: bool = True) -> None:
+    """Print a line, or several, for machines: in UTF-8, whatever the terminal's encoding is; `nl`: and a line break."""
+    click.echo(text.encode(errors="replace"), nl=nl)
+
+
 def console() -> Console:
     """Standard output as it is now; colours as NO_COLOR allows, and no line broken in a pipe."""
-    stream = sys.stdout
+    stream = lenient_stdout()
     return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else _WIDE)
 
 

@@ -23,7 +23,7 @@ def uninstall(app: App, names: tuple[str, ...], yes: bool, force: bool) -> None:
     """Remove the triggers, the functions and schema cdc; with the last database of a cluster, cdc's roles too.
 
     Each database is one transaction: all of it or nothing. What the sinks have not delivered, and their dead letters,
-    are lost; they are named first. Uses migrate_dsn.
+    are lost; they are named first. What cdc has not made is not removed. Uses migrate_dsn.
     """
     selected = app.select(names)
     with app.places(selected) as places:
@@ -32,8 +32,7 @@ def uninstall(app: App, names: tuple[str, ...], yes: bool, force: bool) -> None:
             if not sys.stdin.isatty():
                 raise click.UsageError("there is no terminal to ask on (say --yes)")
             click.confirm(f"Remove cdc from {', '.join(selected)}?", abort=True, err=True)
-        if _uninstall_all(app, places, selected, force=force):
-            sys.exit(EXIT_FAILURE)
+        _uninstall_all(app, places, selected, force=force)
 
 
 def _tell_losses(places: dict[str, Place], names: list[str]) -> None:
@@ -53,7 +52,7 @@ def _tell_losses(places: dict[str, Place], names: list[str]) -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _uninstall_all(app: App, places: dict[str, Place], names: list[str], *, force: bool) -> bool:
+def _uninstall_all(app: App, places: dict[str, Place], names: list[str], *, force: bool) -> None:
     def work(name: str) -> tuple[str, list[Change]]:
         return name, installer.uninstall(name, dsn=places[name].migrate_dsn, force=force, on_wait=fleet.on_wait)
 
@@ -67,4 +66,6 @@ def _uninstall_all(app: App, places: dict[str, Place], names: list[str], *, forc
     fleet.run()
     failed = fleet.failures(app)
     fleet.conclude(failed, "uninstalled", "failed, left as it was")
-    return bool(failed)
+    if failed:
+        # 69 is for who has changed nothing and may simply come again.
+        sys.exit(EXIT_FAILURE if fleet.results else fleet.exit_code())

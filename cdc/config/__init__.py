@@ -19,6 +19,8 @@ wrong (what would be right)``. They never contain a value: any value may be a se
 module and name that ``call`` stands for.
 A place that already has a finding of step 1 or 2 gets no second one from step 3. Of a connection string
 (`cdc.dsn`) only the address is ever shown.
+
+Beside the steps, `literals` says where secrets stand in the file itself, for `cdc check`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from pathlib import Path
 from typing import Final
 
 from cdc.config.crosscheck import cross_check
-from cdc.config.findings import Findings
+from cdc.config.findings import Findings, shown
+from cdc.config.literals import literal_secrets
 from cdc.config.models import Config, DatabaseConfig, HttpConfig, LogConfig, Name, TableConfig
 from cdc.config.reading import MAX_BYTES, MAX_DEPTH, Unreadable, read
 from cdc.config.validation import validate
@@ -51,7 +54,9 @@ __all__ = [
     "Name",
     "TableConfig",
     "find",
+    "literal_secrets",
     "load",
+    "shown",
 ]
 
 LOCAL_CONFIG: Final = Path("config.yaml")

@@ -40,7 +40,7 @@ class Findings:
             message: the finding; it must contain no value.
             place: what sorts it, when that is not the place of the path.
         """
-        where = f"{_shown(path)}: " if path else ""
+        where = f"{shown(path)}: " if path else ""
         self._found.append((place or self.places[path], f"{where}{message}"))
 
     def settle(self, path: KeyPath, message: str) -> None:
@@ -65,7 +65,7 @@ def at(data: object, path: KeyPath) -> object:
     return data
 
 
-def _shown(path: KeyPath) -> str:
+def shown(path: KeyPath) -> str:
     """A path as the user knows it: ``sinks.audit.tables[0]``; keys stand as they are."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{printable(part)}" for part in path)
     return text.removeprefix(".")

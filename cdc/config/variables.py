@@ -11,6 +11,11 @@ from cdc.config.findings import BROKEN, Findings, KeyPath
 _VARIABLE: Final = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
 
 
+def replaced(text: str, by: str) -> str:
+    """A text with something else in place of every variable, whatever the environment has."""
+    return _VARIABLE.sub(lambda found: "${" if found[0] == "$${" else by, text)
+
+
 def expand(value: object, environ: Mapping[str, str], findings: Findings, path: KeyPath = ()) -> object:
     """The same tree with every variable in its texts replaced; keys stay as they are.
 

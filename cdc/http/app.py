@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 STATUS_FRESH = 2.0
 """Seconds for which an answer of ``/api/status`` serves whoever else asks."""
 MOST_BYTES = 64 * 1024
+LONGEST_NUMBER = 19
+"""Digits of the number of an event."""
 
 HEADERS = (
     (
@@ -237,7 +239,7 @@ class App:
 
     def _api_tail(self, request: Request) -> Answer:
         after = request.query.get("after")
-        if after is not None and not (after.isascii() and after.isdigit()):
+        if after is not None and not (after.isascii() and after.isdigit() and len(after) <= LONGEST_NUMBER):
             raise Refused(HTTPStatus.BAD_REQUEST, "after is not a number (write the last one that was answered)")
         return as_json(self._tailing.after(None if after is None else int(after)))
 

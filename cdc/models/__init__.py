@@ -31,13 +31,15 @@ def json_schema(text: str) -> str:
     # Its names and texts are made fit by cdc.models.names; nothing else in it comes from the database.
     exec(compile(text, "models.py", "exec", dont_inherit=True), module.__dict__)  # noqa: S102
     events: list[type[BaseModel]] = list(module.EVENTS.values())
-    _, schema = models_json_schema([(event, "validation") for event in events], ref_template="#/$defs/{model}")
-    for event in events:
-        _tell_ops_apart(schema["$defs"][event.__name__])
+    # Under which key an event stands is pydantic's to say: its letters are ASCII, and no two events have the same.
+    found, schema = models_json_schema([(event, "validation") for event in events], ref_template="#/$defs/{model}")
+    references = [found[event, "validation"]["$ref"] for event in events]
+    for reference in references:
+        _tell_ops_apart(schema["$defs"][reference.removeprefix("#/$defs/")])
     whole: dict[str, Any] = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$comment": " ".join(line.removeprefix("# ") for line in text.splitlines()[:2]),
-        "oneOf": [{"$ref": f"#/$defs/{event.__name__}"} for event in events],
+        "oneOf": [{"$ref": reference} for reference in references],
         "$defs": schema["$defs"],
     }
     return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field, SecretStr, field_validator, model_va
 from cdc.encoding import Encoder
 from cdc.errors import PartialFailure, PermanentFailure, TransientFailure
 from cdc.event import Event
-from cdc.options import Duration, Host, SinkOptions, TlsOptions
+from cdc.options import Duration, Host, SinkOptions, TlsOptions, checked_host
 from cdc.sinks.base import Sink, network_reason, require, tls_context
 from cdc.template import CONTENT, ROUTE, Template, checked
 
@@ -70,6 +70,7 @@ Command = tuple[Any, ...]
 def _node(value: str) -> str:
     if not re.fullmatch(r".+:[0-9]{1,5}", value):
         raise ValueError("not a node (write host:port)")
+    checked_host(_host_and_port(value)[0])
     return value
 
 
@@ -112,7 +113,7 @@ class RedisOptions(SinkOptions):
     url: SecretStr | None = None
     host: Host = "localhost"
     port: int = Field(default=6379, ge=1, le=65535)
-    db: int = Field(default=0, ge=0)
+    db: int = Field(default=0, ge=0, le=2**31 - 1)
     username: str | None = None
     password: SecretStr | None = None
     tls: TlsOptions | None = None
@@ -121,7 +122,7 @@ class RedisOptions(SinkOptions):
     mode: Literal["stream", "pubsub"] = "stream"
     stream: Name = "cdc:{schema}.{table}"
     channel: Name = "cdc:{schema}.{table}"
-    maxlen: int | None = Field(default=None, ge=1)
+    maxlen: int | None = Field(default=None, ge=1, le=2**63 - 1)
     timeout: Duration = Field(default=10.0, gt=0)
 
     @field_validator("url")
@@ -172,7 +173,7 @@ def _parse(url: str) -> Address:
     if parts.scheme == "unix" and not parts.hostname and parts.path:
         return Address("", 0, 0, username, password, tls=False, path=unquote(parts.path))
     db = parts.path.strip("/") or "0"
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname or not (db.isascii() and db.isdigit()):
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or not re.fullmatch("[0-9]{1,9}", db):
         raise wrong
     return Address(parts.hostname, port, int(db), username or None, password, parts.scheme == "rediss")
 

@@ -382,7 +382,7 @@ def test_a_missing_table_is_1_with_one_line_and_nothing_half_done(fresh: Shop, c
 
 
 def test_a_sink_that_has_stopped_for_good_is_1(shop: Shop) -> None:
-    too_long = shop.directory / ("x" * 300)
+    too_long = shop.directory / ("x" * 300 + "{table}")
     shop.sink = {"type": "file", "path": str(too_long), "on_permanent_failure": "stop"}
     shop.insert(1)
     outcome = shop.run("run", "--until-idle")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from harness import Project, until
@@ -375,6 +376,9 @@ def test_what_is_asked_for_wrongly_is_refused_in_words(project: Project) -> None
         assert get(port, "/api/dead-letters/discard", method="POST", headers=right, body=everywhere).status == 400
         odd = {**everywhere, "ids": ["1; drop table x"]}
         assert get(port, "/api/dead-letters/replay", method="POST", headers=right, body=odd).status == 400
+        for number in ("x", "-1", "1" * 5000, "\u00b2"):
+            assert get(port, f"/api/tail?after={quote(number)}").status == 400, number[:9]
+        assert get(port, "/api/tail?after=9223372036854775807").status == 200
         page = get(port, "/api/dead-letters/replay", method="POST", headers=right, body={**everywhere, "ids": [999]})
         assert page.json == {"done": "0 to be delivered again; what fails once more stays."}
 

@@ -90,6 +90,16 @@ def test_a_table_without_a_key_named_by_itself_is_an_error(items: connection, cd
     assert "public.heap has no primary key" in cdc("backfill", "start", "audit", "public.heap", code=1).stderr
 
 
+def test_a_name_in_quotes_is_that_name(items: connection, cdc: Command) -> None:
+    fetch(items, "create table heap (v text); select cdc.enable_capture('heap')")
+    for written in ('public."heap"', '"public".heap', '"public"."heap"'):
+        assert "public.heap has no primary key" in cdc("backfill", "start", "audit", written, code=1).stderr
+        assert "does not want rows of public.heap" in cdc("backfill", "start", "picky", written, code=1).stderr
+    fetch(items, """create table "h*p" (v text); select cdc.enable_capture('"h*p"')""")
+    assert "left out" in cdc("backfill", "start", "audit", "public.h*p").output
+    assert "public.h*p has no primary key" in cdc("backfill", "start", "audit", 'public."h*p"', code=1).stderr
+
+
 def test_pause_resume_and_cancel_name_the_tables(items: connection, cdc: Command) -> None:
     fetch(items, "create table other (id integer primary key); select cdc.enable_capture('other')")
     cdc("backfill", "start", "audit")
@@ -124,6 +134,24 @@ def test_status_shows_how_far_it_is_in_words_and_as_json(
     said = cdc("backfill", "status", "--watch").output.splitlines()
     assert said[-1].split()[3:7] == ["done", "100%", "200", "200"]
     run.end()
+
+
+def test_status_may_be_asked_of_some_tables(items: connection, cdc: Command) -> None:
+    fetch(items, "create table other (id integer primary key); select cdc.enable_capture('other')")
+    cdc("backfill", "start", "audit")
+
+    def shown(*tables: str) -> list[str]:
+        found = json.loads(cdc("backfill", "status", "audit", *tables, "--json").output)["databases"]["shop"]
+        return [one["table"] for one in found.get("audit", [])]
+
+    assert shown() == ["public.item", "public.other"]
+    assert shown("public.item") == shown("public.i*", "public.none") == ["public.item"]
+    assert shown('public."other"') == ["public.other"]
+    assert shown("public.none") == []
+    assert [line.split()[2] for line in cdc("backfill", "status", "audit", "public.other").output.splitlines()[1:]] == [
+        "public.other"
+    ]
+    assert "a table without a schema" in cdc("backfill", "status", "audit", "item", code=2).stderr
 
 
 def test_why_one_failed_stands_below_the_table(items: connection, cdc: Command, prepare: Callable[..., Run]) -> None:

@@ -405,3 +405,56 @@ def test_a_password_in_a_file_that_everybody_reads_is_warned_of(
         output = CliRunner().invoke(main, ["-c", str(path), "check"]).output
         assert (f"holds a password, and {path} can be read by everybody (chmod o-r {path})" in output) == warned
         assert "canary" not in output
+
+
+def test_every_secret_in_a_file_that_everybody_reads_is_warned_of(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.migrate()
+    (tmp_path / "token").write_text("canary-canary-canary")
+    (tmp_path / "token").chmod(0o600)
+    monkeypatch.setenv("CDC_TEST_SECRET", "canary-hunter2-hunter2")
+    with_password = psycopg2.extensions.make_dsn(shop.dsn, password="canary")
+    shop.config["http"] = {"listen": "127.0.0.1:0", "token": "canary-canary-canary"}
+    shop.config["sinks"] = {
+        "queue": {"type": "redis", "password": "canary="},
+        "bus": {"type": "rabbitmq", "url": "amqp://cdc:canary@mq1/", "exchange": "x"},
+        "mqtt": {"type": "mqtt", "username": "cdc", "password": "canary"},
+        "copy": {"type": "postgres", "dsn": with_password},
+        "hook": {
+            "type": "webhook",
+            "url": "https://example.com/hook",
+            "headers": {"Authorization": "Bearer canary"},
+            "secret": "whsec_" + b"canary".hex() * 4,
+        },
+        "half": {"type": "rabbitmq", "url": "amqp://cdc:canary@${CDC_TEST_SECRET}/", "exchange": "x"},
+        "given": {"type": "redis", "password": "${CDC_TEST_SECRET}"},
+        "given_url": {"type": "rabbitmq", "url": "amqp://cdc:${CDC_TEST_SECRET}@mq1/", "exchange": "x"},
+        "given_dsn": {"type": "postgres", "dsn": f"{shop.dsn} password=${{CDC_TEST_SECRET}}"},
+        "guest": {"type": "rabbitmq", "exchange": "x"},
+    }
+
+    def warned(mode: int) -> list[str]:
+        shop.path.write_text(json.dumps(shop.config))
+        shop.path.chmod(mode)
+        result = CliRunner().invoke(main, ["-c", str(shop.path), "check", "--json"])
+        assert "canary" not in result.output
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        return [one["subject"] for one in found if one["cure"] == f"chmod o-r {shop.path}" and one["database"] is None]
+
+    assert warned(0o640) == []
+    assert warned(0o644) == [
+        "sinks.queue.password",
+        "sinks.bus.url",
+        "sinks.mqtt.password",
+        "sinks.copy.dsn",
+        "sinks.hook.headers.Authorization",
+        "sinks.hook.secret",
+        "sinks.half.url",
+        "http.token",
+    ]
+    line = f"warning {shop.path}: http.token: is a secret, and everybody can read the file (chmod o-r {shop.path})"
+    assert line in CliRunner().invoke(main, ["-c", str(shop.path), "check"]).stdout.splitlines()
+    shop.config["http"] = {"listen": "127.0.0.1:0", "token_file": str(tmp_path / "token")}
+    assert "http.token_file" not in warned(0o644)

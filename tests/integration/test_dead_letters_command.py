@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable
 from datetime import datetime
@@ -170,6 +171,8 @@ def test_a_list_that_is_cut_says_so(cdc: Cdc, served: Run) -> None:
     ("arguments", "complaint"),
     [
         (["--since", "yesterday"], "not a time (write 2026-11-22T08:00, or how long ago: 90m, 2h, 1d)"),
+        (["--since", "9999-12-31T23:59:59-10:00"], "not a time (write 2026-11-22T08:00, or how long ago"),
+        (["--before", "0001-01-01T00:00:00+10:00"], "not a time (write 2026-11-22T08:00, or how long ago"),
         (["--key", "42"], "not a key (write COLUMN=VALUE, or JSON such as"),
         (["--key", '{"id": 1'], "Invalid value for '--key'"),
         (["--table", "item"], "a table without a schema (write public.orders)"),
@@ -179,8 +182,21 @@ def test_what_cannot_be_asked_is_a_usage_error(cdc: Cdc, arguments: list[str], c
     assert complaint in cdc("list", *arguments, code=2).stderr
 
 
-def test_a_sink_nobody_knows_is_an_error(cdc: Cdc, items: connection) -> None:
-    assert "no sink audti in the configuration (known: audit, mirror)" in cdc("list", "audti", code=78).stderr
+@pytest.mark.parametrize("arguments", [["list"], ["show"], ["replay"], ["discard", "--yes"]])
+@pytest.mark.parametrize("shape", [[], ["--json"]])
+def test_a_sink_nobody_knows_is_an_error(cdc: Cdc, items: connection, arguments: list[str], shape: list[str]) -> None:
+    done = cdc(*arguments, "audti", *shape, code=78)
+    assert "no sink audti in the configuration (known: audit, mirror)" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["show"], ["replay"], ["replay", "--wait"], ["discard", "--yes"]])
+def test_nothing_is_an_empty_list_for_machines(
+    cdc: Cdc, items: connection, configuration: dict[str, Any], arguments: list[str]
+) -> None:
+    assert cdc(*arguments, "audit", "--json").stdout == "[]\n"
+    configuration["databases"]["shop"]["dsn"] = "host=127.0.0.1 port=1"
+    assert cdc(*arguments, "audit", "--json", code=69).stdout == "[]\n"
 
 
 def test_a_database_that_cannot_be_reached_does_not_stop_the_others(
@@ -265,6 +281,17 @@ def test_replay_without_a_daemon_says_so_and_is_done_by_the_next_one(
 def test_replay_to_a_paused_sink_says_so(cdc: Cdc, items: connection, served: Run) -> None:
     fetch(items, "update cdc.sink set paused = true, requests = requests + 1")
     assert "sink audit is paused; it is done once it goes on (cdc sinks resume audit)" in cdc("replay", "audit").stderr
+
+
+def test_every_key_of_what_replay_answers_is_documented(cdc: Cdc, items: connection, served: Run) -> None:
+    told = set(re.findall(r"`(\w+)`", (Path(__file__).parents[2] / "docs" / "json.md").read_text()))
+    [asked] = json.loads(cdc("replay", "audit", "--key", "id=2", "--json").stdout)
+    assert asked == {"database": "shop", "sink": "audit", "asked": 1, "hindrance": None}
+    wait_for(lambda: len(listed(cdc)) == 2)
+    served.end()
+    [hindered] = json.loads(cdc("replay", "audit", "--wait", "--json", code=1).stdout)
+    assert hindered["hindrance"].startswith("no daemon serves sink audit")
+    assert set(asked) | set(hindered) <= told
 
 
 def test_replay_of_nothing_is_no_failure_unless_it_was_named(cdc: Cdc, items: connection) -> None:

@@ -19,12 +19,14 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg2 import errors, sql
 from psycopg2.extensions import connection, make_dsn
+from sql import fetch
+from test_migrations import alembic
 
 from cdc import installer, inventory
 from cdc.cli import main
 from cdc.config import DatabaseConfig
 from cdc.embedded import start
-from cdc.errors import InstallError
+from cdc.errors import DatabaseUnreachable, InstallError
 from cdc.options import split
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ class Shop:
     def everything(self) -> dict[str, object]:
         """Every version of every row a migration could write: equal before and after means nothing was changed."""
         found = {name: self.query(f"select ctid, xmin from {name} order by 1") for name in CATALOGUES}
-        if self.one("select to_regnamespace('cdc')") is not None:
+        if self.one("select to_regclass('cdc.alembic_version')") is not None:
             for name in ("installation", "captured_table", "sink", "event", "alembic_version"):
                 rows = f"select t.ctid, t.xmin, t::text from cdc.{name} t order by 1"
                 found[f"cdc.{name}"] = self.query(rows)
@@ -675,6 +677,181 @@ def test_two_migrations_at_once_both_succeed(fresh: Shop) -> None:
     ]
 
 
+# -- a server that does not answer -------------------------------------------------------------------------------
+
+
+def test_a_server_that_stops_answering_is_given_up(
+    shop: Shop, connect: Callable[..., connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installer, "LOCK_TIMEOUT", PATIENCE)
+    monkeypatch.setattr(installer, "STATEMENT_DEADLINE", 0.2)
+    session = connect(shop.dsn, autocommit=False)
+    fetch(session, "select pg_advisory_xact_lock(6513765, 1)")
+    for work in (shop.migrate, lambda: installer.uninstall("shop", dsn=shop.dsn)):
+        with pytest.raises(DatabaseUnreachable, match=r"^connection lost: no answer in time$"):
+            work()
+    session.rollback()
+    monkeypatch.undo()
+    assert shop.migrate() == ["public.orders: added"]
+
+
+def test_a_server_that_stops_answering_at_the_commit_is_given_up(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installer, "STATEMENT_DEADLINE", 0.5)
+    shop.run(
+        "create function dawdle() returns trigger language plpgsql as 'begin perform pg_sleep(30); return null; end';"
+        "create constraint trigger dawdle after insert on cdc.sink deferrable initially deferred"
+        " for each row execute function dawdle()"
+    )
+    with pytest.raises(DatabaseUnreachable, match=r"^connection lost: no answer in time$"):
+        shop.migrate(sinks={"audit": "now"})
+
+
+def test_a_revision_is_given_more_time_than_other_statements_but_not_for_ever(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installer, "STATEMENT_DEADLINE", 0.5)
+    options = DatabaseConfig.model_validate({"dsn": shop.dsn, "tables": {"public.orders": {}}})
+
+    def migrate(seconds: float) -> object:
+        return installer.migrate(
+            "shop",
+            options,
+            dsn=shop.dsn,
+            reader_dsn=shop.dsn,
+            sinks={},
+            upgrade=lambda transaction: transaction.exec_driver_sql(f"select pg_sleep({seconds})"),
+        )
+
+    assert migrate(1.0)
+    monkeypatch.setattr(installer, "REVISIONS_DEADLINE", 0.5)
+    with pytest.raises(DatabaseUnreachable, match=r"^connection lost: no answer in time$"):
+        migrate(30.0)
+
+
+# -- whose schema it is ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mallory(fresh: Shop, connect: Callable[..., connection]) -> Iterator[connection]:
+    """A role that may create schemas in the database, and nothing else."""
+    name = fresh.one("select current_database()")
+    role = f"mallory_{name}"
+    fresh.run(f"create role {role} login; grant create on database {name} to {role}")
+    session = connect(fresh.dsn)
+    fetch(session, f"set session authorization {role}")
+    yield session
+    session.close()
+    fresh.run(f"drop owned by {role} cascade; drop role {role}")
+
+
+TRAPS = {
+    "functions": """
+        create table cdc.alembic_version (version_num text); insert into cdc.alembic_version values ('HEAD');
+        create table cdc.definition (name text, hash text);
+        create table cdc.function (name text, hash text);
+        create table cdc.installation (database_name text);
+        create table cdc.sink (name text);
+        create table cdc.captured (relation oid, schema_name text, table_name text);
+        create function cdc.restore_definitions() returns setof text language sql as 'select cdc.trap()';
+        create function cdc.keep_definitions() returns void language sql as 'select cdc.trap()';
+    """,
+    "views": """
+        create view cdc.alembic_version as select cdc.trap() as version_num;
+        create view cdc.definition as select cdc.trap() as name, '' as hash;
+        create view cdc.function as select '' as name, '' as hash;
+    """,
+    "nothing": "",
+}
+ROADS = ("migrate", "migrate --plan", "migrate --sql", "uninstall --yes")
+
+
+def lay(mallory: connection, trap: str) -> None:
+    """Make schema cdc as somebody who would like to be a superuser; whoever calls something there makes her one."""
+    text = """
+        create schema cdc;
+        create function cdc.trap() returns text language plpgsql as $$
+        begin
+          if (select rolsuper from pg_roles where rolname = current_user) then
+            execute format('alter role %I superuser', 'ROLE');
+          end if;
+          return 'HEAD';
+        end $$;
+    """
+    text = text + TRAPS[trap] if TRAPS[trap] else "create schema cdc"
+    fetch(mallory, text.replace("HEAD", inventory.head()).replace("ROLE", name_of(mallory)))
+
+
+def name_of(session: connection) -> str:
+    return str(fetch(session, "select session_user::text")[0][0])
+
+
+def is_superuser(shop: Shop, mallory: connection) -> bool:
+    return bool(shop.one("select rolsuper from pg_roles where rolname = %s", name_of(mallory)))
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_nothing_of_a_schema_that_somebody_else_has_made_is_run(
+    fresh: Shop, mallory: connection, trap: str, road: str
+) -> None:
+    config = fresh.configure({"public.orders": {}})
+    lay(mallory, trap)
+    result = cdc(config, *road.split())
+    assert not is_superuser(fresh, mallory)
+    if road.startswith("uninstall") and trap != "functions":
+        assert "shop: schema cdc: stays: it is not of cdc\n" in result.stdout
+        return
+    role, me = name_of(mallory), name_of(fresh.cursor.connection)
+    verb = road.split(maxsplit=1)[0]
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].removeprefix("error: ").removeprefix("shop: ") == (
+        f"schema cdc belongs to {role}, not to {me} (if {role} has installed cdc, {verb} as that role; "
+        "if not, drop or rename the schema)"
+    )
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_neither_does_plain_alembic_run_it(fresh: Shop, mallory: connection, trap: str) -> None:
+    config = fresh.configure({"public.orders": {}})
+    lay(mallory, trap)
+    for where in (f"dsn={fresh.dsn}", f"config={config}"):
+        for step in (("upgrade", "head"), ("downgrade", "base"), ("current",)):
+            done = alembic("-x", where, *step)
+            assert done.returncode == 1
+            assert "schema cdc belongs to mallory_" in done.stderr
+            assert "Traceback" not in done.stderr
+    assert not is_superuser(fresh, mallory)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_nor_a_script_that_was_written_before(fresh: Shop, mallory: connection, trap: str) -> None:
+    text = cdc(fresh.configure({"public.orders": {}}), "migrate", "--sql").stdout
+    lay(mallory, trap)
+    with pytest.raises(errors.RaiseException, match="schema cdc belongs to mallory_"):
+        fresh.run(text)
+    fresh.run("rollback")
+    assert not is_superuser(fresh, mallory)
+
+
+def test_a_schema_with_something_of_the_applications_is_refused_and_named(fresh: Shop) -> None:
+    config = fresh.configure({"public.orders": {}})
+    fresh.run("create schema cdc; create table cdc.important (id integer); create view cdc.all_of_it as select 1")
+    before = fresh.everything()
+    for road in (["migrate"], ["migrate", "--plan"], ["migrate", "--sql"]):
+        result = cdc(config, *road)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.removeprefix("error: ").removeprefix("shop: ") == (
+            "schema cdc is not of cdc: it holds table cdc.important, view cdc.all_of_it (rename or drop the schema)\n"
+        )
+    done = alembic("-x", f"dsn={fresh.dsn}", "upgrade", "head")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: schema cdc is not of cdc: it holds something, and no table alembic_version of "
+        f"{name_of(fresh.cursor.connection)} (rename or drop the schema)\n",
+    )
+    assert fresh.everything() == before
+
+
 # -- positions --------------------------------------------------------------------------------------------------
 
 
@@ -773,6 +950,18 @@ def test_a_database_that_fails_leaves_the_others_done(
         session.close()
     finally:
         server.drop_database(other)
+
+
+def test_a_database_named_twice_is_migrated_once(fresh: Shop) -> None:
+    config = fresh.configure({"public.orders": {}})
+    result = cdc(config, "migrate", "-d", "shop", "-d", "shop")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        f"shop: schema cdc: revision none → {inventory.head()}",
+        "shop: public.orders: added",
+        "shop: sink audit: starts here",
+    ]
+    assert cdc(config, "migrate", "--sql", "-d", "shop", "-d", "shop").exit_code == 0
 
 
 # -- least privilege --------------------------------------------------------------------------------------------
@@ -943,6 +1132,55 @@ def test_two_databases_of_one_server_may_make_the_roles_at_once(modest: Shop) ->
         assert migrate_at_once(*configs) == [made, made]
     finally:
         modest.run("drop database modest_too with (force)")
+
+
+def test_a_schema_made_in_advance_for_the_role_that_migrates_is_taken(modest: Shop) -> None:
+    modest.run("create schema cdc authorization migrator")
+    assert cdc(configured(modest), "migrate", "--plan").exit_code == 0
+    assert f"shop: schema cdc: revision none → {inventory.head()}\n" in cdc(configured(modest), "migrate").stdout
+    assert cdc(configured(modest), "uninstall", "--yes").exit_code == 0
+
+
+def test_who_is_member_of_the_owner_migrates_by_taking_on_his_role(modest: Shop) -> None:
+    modest.run("create role second login; grant migrator to second")
+    assert cdc(configured(modest), "migrate").exit_code == 0
+    member = make_dsn(modest.dsn, user="second")
+    result = cdc(modest.configure({"sales.orders": {}}, dsn=member), "migrate")
+    # Membership proves nothing: on PostgreSQL 14 anybody can make anybody else a member of his own role.
+    assert result.stderr.startswith("error: shop: schema cdc belongs to migrator, not to second (")
+    dsn = make_dsn(member, options="-c role=migrator")
+    assert cdc(modest.configure({"sales.orders": {}}, dsn=dsn), "migrate").stdout == "shop: sales.orders: unchanged\n"
+
+
+def test_a_superuser_does_not_migrate_what_another_role_has_installed(modest: Shop) -> None:
+    assert cdc(configured(modest), "migrate").exit_code == 0
+    before = modest.everything()
+    for road in ROADS:
+        result = cdc(modest.configure({"sales.orders": {}}), *road.split())
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "schema cdc belongs to migrator, not to postgres (if migrator has installed cdc, " in result.stderr
+    assert modest.everything() == before
+
+
+def test_a_schema_and_a_version_table_of_two_roles_are_for_one_to_own(modest: Shop) -> None:
+    assert cdc(configured(modest), "migrate").exit_code == 0
+    modest.run("alter schema cdc owner to postgres")
+    for road in ROADS:
+        result = cdc(modest.configure({"sales.orders": {}}), *road.split())
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert (
+            "schema cdc belongs to postgres, and its table alembic_version to migrator (let one role own all of it)"
+        ) in result.stderr
+
+
+def test_who_could_not_migrate_may_still_plan_and_write_the_script_for_who_can(modest: Shop) -> None:
+    assert cdc(configured(modest), "migrate").exit_code == 0
+    config = modest.configure({"sales.*": {"image": "full"}}, dsn=make_dsn(modest.dsn, user="daemon"))
+    assert "shop: sales.orders: changed (" in cdc(config, "migrate", "--plan").stdout
+    text = cdc(config, "migrate", "--sql").stdout
+    modest.run(f"set role migrator; {text} reset role")
+    assert cdc(config, "migrate", "--plan").stdout == "shop: nothing to do\n"
+    assert "schema cdc belongs to migrator, not to daemon (" in cdc(config, "migrate").stderr
 
 
 # -- the trigger's owner ----------------------------------------------------------------------------------------

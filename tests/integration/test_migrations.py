@@ -440,6 +440,8 @@ PARAMETERS = {
     "rate": 1000,
     "rows": 1000,
     "stored": False,
+    "version": "731",
+    "versions": ["731"],
     "states": ["running"],
     "always": False,
     "before": None,

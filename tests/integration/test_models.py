@@ -657,6 +657,16 @@ def test_a_json_schema_may_be_had_instead(shop: Any, config: Path, arguments: tu
     assert len(schema["oneOf"]) == 3
 
 
+def test_tables_of_any_name_are_in_the_json_schema(shop: Any, config: Path) -> None:
+    for name in ("größe", "grüße", "注文", "Größe"):  # of some, pydantic makes the same key
+        shop.execute(f'create table "{name}" (id int primary key, "ß" int); select cdc.enable_capture(\'"{name}"\')')
+    schema = json.loads(run(config, "--json", "public.*r*e", "public.注文").stdout)
+    Draft202012Validator.check_schema(schema)
+    events = [schema["$defs"][one["$ref"].removeprefix("#/$defs/")] for one in schema["oneOf"]]
+    assert len(schema["oneOf"]) == len({one["$ref"] for one in schema["oneOf"]}) == 4
+    assert all("oneOf" in event["then"] for event in events)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

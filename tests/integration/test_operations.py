@@ -386,7 +386,7 @@ def role(shop: Shop) -> Iterator[str]:
 
 
 def test_somebody_without_the_right_is_told_whose_it_is(shop: Shop, role: str) -> None:
-    with pytest.raises(CommandError, match=r"permission denied .* run as the role that runs `cdc migrate`"):
+    with pytest.raises(CommandError, match=r"belongs to postgres, not to .* run as the role that runs `cdc migrate`"):
         shop.run(lambda op: op.enable_capture("public.orders"), user=role)
 
 

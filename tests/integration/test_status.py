@@ -308,6 +308,14 @@ def test_a_sink_added_to_the_configuration_is_new_until_it_has_a_position(shop: 
     assert "shop: late: new: it has no position yet" in shop.text()
 
 
+def test_the_first_line_does_not_say_that_all_is_well_while_a_sink_is_new(shop: Shop, served: Outbox) -> None:
+    served.set_state("running")
+    shop.config["sinks"]["late"] = {"type": "stdout"}
+    assert shop.text().splitlines()[0] == "1 of 2 sinks has no position yet (run cdc migrate): shop/late"
+    shop.config["sinks"]["later"] = {"type": "stdout"}
+    assert shop.text().splitlines()[0] == "2 of 3 sinks have no position yet (run cdc migrate): shop/late, shop/later"
+
+
 def test_a_sink_the_configuration_no_longer_has_is_unknown_and_pins_the_outbox(shop: Shop) -> None:
     shop.config["sinks"] = {"other": {"type": "stdout"}}
     assert shop.json()["shop"]["sinks"]["audit"]["state"] == "unknown"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import threading
@@ -218,6 +219,48 @@ def test_it_reads_on_after_its_connection_was_lost(config: Path, shop: connectio
             return b"insert" in out.read_bytes()
 
         until(comes, "it reads on", pause=0.2)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_a_database_that_was_never_reached_is_not_waited_for(config: Path, shop: connection, tmp_path: Path) -> None:
+    content = json.loads(config.read_text())
+    content["databases"]["away"] = {"dsn": "host=127.0.0.1 port=1 password=canary", "tables": {"public.*": {}}}
+    config.write_text(json.dumps(content))
+    result = run(config, "tail", "-d", "away")
+    assert result.exit_code == 69
+    assert result.stderr.startswith("error: away: cannot connect: ")
+    assert "is not shown" not in result.stderr
+    out, said = tmp_path / "out", tmp_path / "said"
+    fetch(shop, "insert into item values (1, 0)")
+    with out.open("wb") as stdout, said.open("wb") as stderr:
+        process = subprocess.Popen([CDC, "-c", config, "tail", "-n", "1"], stdout=stdout, stderr=stderr)
+    try:
+        until(lambda: b"error: away: cannot connect: " in said.read_bytes(), "it says which is not there")
+        until(lambda: b"insert" in out.read_bytes(), "and shows the other one")
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize(("arguments", "shown"), [([], b"e?"), (["--json"], '"größe→"'.encode())])
+def test_letters_the_terminal_does_not_have_are_no_reason_to_end(
+    config: Path, shop: connection, tmp_path: Path, encoding: str, arguments: list[str], shown: bytes
+) -> None:
+    fetch(shop, """create table "größe→" (id int primary key); select cdc.enable_capture('"größe→"')""")
+    fetch(shop, """insert into "größe→" values (1)""")
+    out, said = tmp_path / "out", tmp_path / "said"
+    with out.open("wb") as stdout, said.open("wb") as stderr:
+        command = [CDC, "-c", config, "tail", "-n", "1", *arguments]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+    try:
+        until(lambda: out.read_bytes().count(b"\n") == 1 or process.poll() is not None, "there is a line")
+        assert process.poll() is None, said.read_text()
+        assert shown in out.read_bytes()
     finally:
         process.terminate()
         process.wait(10)

@@ -94,7 +94,7 @@ def admin(cluster: str, connect: Connect) -> Iterator[connection]:
     yield session
     for (name,) in fetch(session, "select datname from pg_database where datname like 'of\\_a\\_test%'"):
         fetch(session, f"drop database {name} with (force)")
-    fetch(session, "drop role if exists cdc_capture, cdc_nobody, cdc_reader, daemon, migrator")
+    fetch(session, "drop role if exists cdc_capture, cdc_nobody, cdc_reader, daemon, migrator, mallory")
 
 
 @pytest.fixture
@@ -193,8 +193,11 @@ def test_what_was_uninstalled_can_be_installed_again(project: Project) -> None:
     assert uninstall(project) == REMOVED
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002"])
-def test_an_older_revision_is_uninstalled_as_well(project: Project, look: connection, revision: str) -> None:
+REVISIONS = sorted(path.name[:4] for path in (inventory.migrations_directory() / "versions").glob("[0-9]*.py"))
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_whatever_its_revision_it_is_uninstalled(project: Project, look: connection, revision: str) -> None:
     before = everything(project.dsn)
     alembic_in_process(project.dsn, command.upgrade, revision)
     fetch(look, "select cdc.enable_capture('orders')")
@@ -233,6 +236,74 @@ def test_where_nothing_is_installed_nothing_is_done(project: Project) -> None:
     before = everything(project.dsn)
     assert uninstall(project) == ["shop: cdc is not installed"]
     assert everything(project.dsn) == before
+
+
+# -- what is not of cdc -----------------------------------------------------------------------------------------
+
+THEIRS = """
+    create table cdc.important (id integer primary key);
+    create function cdc.stamp() returns trigger language plpgsql as 'begin return new; end';
+    create trigger my_audit before insert on orders for each row execute function cdc.stamp();
+    insert into cdc.important values (1);
+"""
+
+
+@pytest.mark.parametrize("owner", ["postgres", "mallory"])
+def test_a_schema_of_that_name_that_is_not_of_cdc_is_left_alone(project: Project, look: connection, owner: str) -> None:
+    fetch(look, f"create role mallory; create schema cdc authorization {owner}; {THEIRS}")
+    before = everything(project.dsn)
+    result = cdc(project, "uninstall", "--yes")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "shop: schema cdc: stays: it is not of cdc\n"
+    assert everything(project.dsn) == before
+
+
+def test_what_others_have_put_into_the_schema_is_named_and_not_dropped(project: Project, look: connection) -> None:
+    assert cdc(project, "migrate").exit_code == 0
+    fetch(look, THEIRS)
+    fetch(
+        look,
+        """
+        create view cdc.few as select * from cdc.important where id < 3;
+        create sequence cdc.numbers;
+        create type cdc.mood as enum ('calm');
+        create domain cdc.nr as integer;
+        create procedure cdc.nothing() language sql as '';
+        create operator cdc.=== (leftarg = integer, rightarg = integer, function = int4eq);
+        create statistics cdc.about_orders on id, status from orders;
+        """,
+    )
+    line = refusal(project)
+    assert line.startswith("error: shop: schema cdc holds what cdc has not made: ")
+    named = ("table cdc.important", "function cdc.stamp()", "view cdc.few", "sequence cdc.numbers", "type cdc.mood")
+    others = ("type cdc.nr", "procedure cdc.nothing()", "operator cdc.===", "statistics object cdc.about_orders")
+    assert all(name in line for name in (*named, *others)), line
+    fetch(look, "drop trigger my_audit on orders; drop view cdc.few; drop table cdc.important; drop type cdc.mood")
+    fetch(look, "drop function cdc.stamp(); drop sequence cdc.numbers; drop domain cdc.nr")
+    fetch(
+        look, "drop procedure cdc.nothing(); drop operator cdc.=== (integer, integer); drop statistics cdc.about_orders"
+    )
+    assert uninstall(project) == REMOVED
+
+
+def test_a_schema_that_somebody_else_has_made_is_not_asked_what_it_holds(project: Project, look: connection) -> None:
+    fetch(look, "create role mallory; create schema cdc authorization mallory; set role mallory")
+    fetch(
+        look,
+        f"""
+        create function cdc.holder(integer, bigint) returns setof integer language plpgsql as $$
+          begin alter role mallory superuser; return; end $$;
+        create function cdc.trap() returns text language plpgsql as $$
+          begin alter role mallory superuser; return '{inventory.head()}'; end $$;
+        create table cdc.alembic_version (version_num text);
+        create view cdc.event as select cdc.trap() as op;
+        create view cdc.sink as select 1 as id, cdc.trap() as name, '' as owner, 1::bigint as epoch;
+        reset role;
+        """,
+    )
+    line = refusal(project)
+    assert line.startswith("error: shop: schema cdc belongs to mallory, not to postgres (")
+    assert not value(look, "select rolsuper from pg_roles where rolname = 'mallory'")
 
 
 # -- the roles --------------------------------------------------------------------------------------------------
@@ -374,8 +445,10 @@ def test_a_role_that_owns_nothing_gets_one_clear_line(project: Project, look: co
     project.content["databases"]["shop"] |= {"migrate_dsn": make_dsn(project.dsn, user="daemon")}
     project.write()
     line = refusal(project)
-    assert line.startswith("error: shop: permission denied for ")
-    assert ": the role that uninstalls must own schema cdc and the captured tables (set migrate_dsn " in line
+    assert line == (
+        "error: shop: schema cdc belongs to postgres, not to daemon (if postgres has installed cdc, uninstall as that "
+        "role; if not, drop or rename the schema)"
+    )
 
 
 def test_a_database_that_fails_leaves_the_others_uninstalled(project: Project) -> None:
@@ -391,6 +464,16 @@ def test_a_database_that_fails_leaves_the_others_uninstalled(project: Project) -
     assert table == ["away  failed, left as it was", "shop  uninstalled"]
     assert cdc(project, "uninstall", "--yes", "-d", "shop").exit_code == 0
     assert cdc(project, "uninstall", "--yes", "-d", "nowhere").exit_code == 78
+
+
+def test_when_only_the_way_there_fails_the_exit_code_says_so(project: Project) -> None:
+    away = {"dsn": UNREACHABLE, "tables": {"public.orders": {}}}
+    project.content["databases"] = {"away": away, "far": away}
+    project.write()
+    for names in (["-d", "away"], []):
+        result = cdc(project, "uninstall", "--yes", *names)
+        assert (result.exit_code, result.stdout) == (69, "")
+        assert result.stderr.startswith("error: away: cannot connect: ")
 
 
 # -- what is lost -----------------------------------------------------------------------------------------------
