@@ -74,8 +74,10 @@ _TCP_USER_TIMEOUT = 20_000
 # is not on Linux may refuse client_connection_check_interval.
 _PREPARE = """
 set transaction isolation level read committed;
-select pg_is_in_recovery(), pg_backend_pid(), count(set_config(name, value, false))
+select pg_catalog.pg_is_in_recovery(), pg_catalog.pg_backend_pid(),
+       pg_catalog.count(pg_catalog.set_config(name, value, false))
   from (values
+        ('search_path', %(search_path)s),
         ('statement_timeout', '0'),
         ('lock_timeout', '0'),
         ('transaction_timeout', '0'),
@@ -85,7 +87,7 @@ select pg_is_in_recovery(), pg_backend_pid(), count(set_config(name, value, fals
         ('default_transaction_isolation', 'read committed'),
         ('default_transaction_deferrable', 'off'),
         ('synchronous_commit',
-         case current_setting('synchronous_commit') when 'remote_apply' then 'remote_apply' else 'on' end),
+         case pg_catalog.current_setting('synchronous_commit') when 'remote_apply' then 'remote_apply' else 'on' end),
         ('timezone', 'UTC'),
         ('datestyle', 'ISO'),
         ('jit', 'off'),
@@ -93,9 +95,9 @@ select pg_is_in_recovery(), pg_backend_pid(), count(set_config(name, value, fals
         ('tcp_keepalives_interval', %(interval)s),
         ('tcp_keepalives_count', %(count)s),
         ('tcp_user_timeout', %(tcp_user_timeout)s),
-        ('client_connection_check_interval', case when version() like '%%linux%%' then '5s' end)
+        ('client_connection_check_interval', case when pg_catalog.version() like '%%linux%%' then '5s' end)
        ) as wanted (name, value)
- where current_setting(name, true) is not null and value is not null
+ where pg_catalog.current_setting(name, true) is not null and value is not null
 """
 
 # The message of 57014 says whether time was over or an administrator cancelled, but in the server's language. Both
@@ -221,7 +223,8 @@ class Connection:
             purpose: shown to DBAs as application_name, after ``cdc``.
             read_write: refuse a standby, or pass it over where the dsn names several hosts.
             deadline: seconds for one round trip, unless a call says otherwise.
-            source: it has schema cdc, or should; what the server complains about is explained by that.
+            source: for work with schema cdc: what the server complains about is explained by that, and all other names
+                have to be written with their schema.
 
         Raises:
             DatabaseUnreachable: no server, no answer in time, it refuses the login, or none of several is the primary.
@@ -266,6 +269,9 @@ class Connection:
                 raise DatabaseError(f"PostgreSQL {version} is too old (upgrade to {OLDEST_SERVER} or later)")
             settings: dict[str, object] = {name: str(value) for name, value in _KEEPALIVE.items()}
             settings["tcp_user_timeout"] = str(_TCP_USER_TIMEOUT)
+            # Or a function that somebody has put into schema public would be called where it fits better than
+            # PostgreSQL's own (CVE-2018-1058). Elsewhere triggers of others may need the path as it is.
+            settings["search_path"] = "pg_catalog, pg_temp" if self._source else None
             [(standby, self.pid, _)] = self._run(_PREPARE, settings)
             # PgBouncer hands out a process number of its own making.
             self.pooled = self.pid != self._session.info.backend_pid

@@ -75,10 +75,11 @@ STARTS = {"now": "here", "earliest": "at the earliest event", "backfill": "here,
 """Where a new sink starts, in words."""
 
 BEGIN = """
+set local search_path = pg_catalog, pg_temp;
 select set_config('lock_timeout', %(lock_timeout)s, true);
 select pg_advisory_xact_lock(6513765, 1)
 """
-"""How the transaction begins. Two migrations of one database would only trip over each other."""
+"""How the transaction begins, of the script too. Two migrations of one database would only trip over each other."""
 
 _ALEMBIC = threading.Lock()
 """Held by whoever runs revisions."""

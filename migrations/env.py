@@ -50,6 +50,8 @@ $keep$
 
 def run(connection: Connection) -> None:
     """Carry Alembic's command out on one database, inside the caller's transaction."""
+    # Names of PostgreSQL's stand for PostgreSQL's, whatever somebody has put into schema public.
+    connection.exec_driver_sql("set local search_path = pg_catalog, pg_temp")
     enter_schema(connection)
     context.configure(connection=connection, version_table_schema="cdc", transactional_ddl=False)
     event.listen(connection, "before_cursor_execute", in_ascii, retval=True)

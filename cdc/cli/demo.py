@@ -262,7 +262,7 @@ class _Tour:
             self._step("stopped before the shop was open")
             return True
         dsn = server.dsn()
-        with Connection(dsn, purpose="demo") as connection:
+        with Connection(dsn, purpose="demo", source=False) as connection:
             Shop(connection, Random()).furnish()  # noqa: S311 - nothing secret is drawn here
         self._step(f"a small shop is in it: tables {', '.join(TABLES)}")
         config = self._configure(place)

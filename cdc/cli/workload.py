@@ -288,7 +288,7 @@ class Workload(threading.Thread):
 
     def run(self) -> None:
         try:
-            with Connection(self._dsn, purpose="demo workload") as connection:
+            with Connection(self._dsn, purpose="demo workload", source=False) as connection:
                 self._work(connection)
         except CdcError as error:
             self.error = error

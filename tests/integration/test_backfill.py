@@ -242,7 +242,7 @@ def test_rows_and_changes_make_exactly_the_table(items: connection, installed: s
     stop = threading.Event()
 
     def write() -> None:
-        with Connection(installed, purpose="writer") as session:
+        with Connection(installed, purpose="writer", source=False) as session:
             number = 0
             while not stop.is_set():
                 number += 1
@@ -279,7 +279,7 @@ def test_a_table_that_grows_faster_than_its_rows_are_told_of_is_told_of_to_the_e
 
     def grow(batch: list[Event]) -> None:
         if any(event.op is Op.READ for event in batch):
-            with Connection(installed, purpose="writer") as session:
+            with Connection(installed, purpose="writer", source=False) as session:
                 session.execute(
                     "insert into item select max(id) + g, 'new' from item, generate_series(1, 20) g group by g"
                 )

@@ -348,8 +348,8 @@ def test_what_a_role_or_a_database_carries_does_not_matter(
     conn = session(database)
     assert {name: setting(conn, name) for name in settings} == {name: wanted for name, (_, wanted) in settings.items()}
     assert conn.query("show transaction_isolation") == [("read committed",)]
-    conn.execute("create table written (at timestamptz); insert into written values (now())")
-    assert conn.query("select at from written")[0][0].tzinfo is not None
+    conn.execute("create table public.written (at timestamptz); insert into public.written values (now())")
+    assert conn.query("select at from public.written")[0][0].tzinfo is not None
 
 
 def test_a_position_is_on_disk_once_committed(database: str, session: Session, connect: Connect) -> None:
@@ -562,7 +562,7 @@ def test_a_primary_that_is_read_only_by_default_is_a_primary(database: str, sess
         name = sql.Identifier(parse_dsn(database)["dbname"])
         cursor.execute(sql.SQL("alter database {} set default_transaction_read_only = on").format(name))
     conn = session(make_dsn(database, target_session_attrs="read-write"))
-    conn.execute("create table written ()")
+    conn.execute("create table public.written ()")
 
 
 def test_a_lone_standby_is_told_as_such_and_with_the_cure(standby: str) -> None:
@@ -710,7 +710,7 @@ def test_a_server_that_has_no_room_may_be_healed_by_waiting(dsn: str, connect: C
 
 def test_an_error_never_shows_a_row(database: str, session: Session) -> None:
     conn = session(database)
-    conn.execute(f"create table secrets (word text primary key); insert into secrets values ('{CANARY}')")
+    conn.execute(f"create table public.secrets (word text primary key); insert into public.secrets values ('{CANARY}')")
     with pytest.raises(DatabaseError) as caught:
-        conn.execute("insert into secrets values (%s)", (CANARY,))
+        conn.execute("insert into public.secrets values (%s)", (CANARY,))
     assert one_line(caught.value) == 'duplicate key value violates unique constraint "secrets_pkey"'

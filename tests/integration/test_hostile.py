@@ -237,6 +237,29 @@ def test_what_he_puts_before_our_names_is_not_used(owner: connection, mallory: c
     assert value(owner, "select new_row::text from cdc.event") == '{"id":1,"v":"true"}'
 
 
+@pytest.mark.parametrize("path", ['"$user", public', "public, pg_catalog"])
+def test_functions_of_his_in_public_are_not_called_by_our_sessions(
+    owner: connection, mallory: connection, installed: str, path: str
+) -> None:
+    """Up to PostgreSQL 14 everybody may put them there, with PostgreSQL's names and fitting better what we call."""
+    role, database = value(mallory, "select current_user"), value(owner, "select current_database()")
+    fetch(owner, f"grant create on schema public to {role}; alter database {database} set search_path = {path}")
+    fetch(mallory, "create table lair.caught (by_whom text); grant usage on schema lair to public")
+    fetch(mallory, "grant insert on lair.caught to public")
+    for name, result in (("make_interval(secs numeric)", "interval"), ("count(text)", "bigint")):
+        fetch(
+            mallory,
+            f"create function public.{name} returns {result} language plpgsql as $$ begin"
+            " insert into lair.caught values (current_user); return null; end $$",
+        )
+    with Connection(installed, purpose="audit") as session:
+        book = Outbox(session, database="shop", sink="audit", owner=Owner("test", 1))
+        assert book.claim(start="earliest")
+        outbox.rotate(session, 60.0)
+        assert outbox.pulse(session)
+    assert fetch(owner, "select * from lair.caught") == []
+
+
 def test_what_he_sets_for_his_session_does_not_show(owner: connection, mallory: connection) -> None:
     fetch(
         owner,

@@ -433,7 +433,7 @@ def test_what_others_have_made_of_it_is_named_and_not_dropped(project: Project, 
     fetch(look, "create function latest() returns cdc.event language sql return (null::cdc.event)")
     line = refusal(project)
     assert line.startswith("error: shop: depends on schema cdc: ")
-    assert all(name in line for name in ("view report", "table copies", "function latest()"))
+    assert all(name in line for name in ("view public.report", "table public.copies", "function public.latest()"))
     assert line.endswith(" (drop that first)")
     fetch(look, "drop view report; drop table copies; drop function latest()")
     assert uninstall(project) == REMOVED
