@@ -109,7 +109,7 @@ def test_a_bug_that_quotes_a_row_is_told_by_its_place(project: Project, connect:
         "    raise ValueError(f'cannot take {batch[0].after.raw}')\n"
         "FileSink.deliver = deliver\n"
         "def measure(self, connection):\n"
-        "    rows = connection.query('select note from orders')\n"
+        "    rows = connection.query('select note from public.orders')\n"
         "    if rows:\n"
         "        raise KeyError(rows)\n"
         "Keeper._measure = measure\n"

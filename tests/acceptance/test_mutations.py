@@ -150,7 +150,7 @@ class _Reading(threading.Thread):
 
     def run(self) -> None:
         try:
-            with Connection(self._dsn, purpose="test") as conn:
+            with Connection(self._dsn, purpose="test", source=False) as conn:
                 reader = self._reader(conn)
                 while True:
                     last_look = self._over.is_set()
@@ -176,7 +176,7 @@ def _round(
     project: Project, seed: object, linger: float, seconds: float, *readers: type[_CorrectReader]
 ) -> tuple[dict[Fact, float], State, list[list[str]]]:
     """The workload and its readers: what was committed, what stands in the tables, what each one read."""
-    with contextlib.closing(Connection(project.dsn, purpose="test")) as conn:
+    with contextlib.closing(Connection(project.dsn, purpose="test", source=False)) as conn:
         conn.execute("drop table if exists hot, pair; " + SCHEMA)
         conn.execute("truncate cdc.event, cdc.sink, cdc.position cascade")
     project.cdc("migrate")

@@ -84,7 +84,7 @@ def test_a_daemon_all_of_whose_sinks_have_stopped_is_there_to_be_seen_until_one_
 ) -> None:
     del project.content["sinks"]["other"]
     mirror = project.content["sinks"]["mirror"]
-    good, mirror["path"] = mirror["path"], str(project.directory / ("x" * 300))
+    good, mirror["path"] = mirror["path"], str(project.directory / ("x" * 300 + "{table}"))
     mirror["on_permanent_failure"] = "stop"
     project.write()
     writer = connect(project.dsn)
