@@ -121,12 +121,12 @@ class _Session(ext.connection):
     """A psycopg2 connection that knows until when it may wait.
 
     Attributes:
-        expires: when to give up, by the monotonic clock; None: never.
+        expires: when to give up, by the monotonic clock.
     """
 
     def __init__(self, dsn: str, *args: Any, until: float, **kwargs: Any) -> None:
         # Set first: logging in is already done through _wait.
-        self.expires: float | None = until
+        self.expires = until
         super().__init__(dsn, *args, **kwargs)
 
     def allow(self, seconds: float) -> None:
@@ -340,9 +340,9 @@ class Connection:
         self._session.notifies.clear()
         return arrived
 
-    def wait_forever(self) -> None:
-        """Lift the deadline until the next query(), for work on `raw` whose waiting the server bounds otherwise."""
-        self._session.expires = None
+    def allow(self, seconds: float) -> None:
+        """Begin a new deadline, for work on `raw`; it holds until the next one, or the next query()."""
+        self._session.allow(seconds)
 
     def fileno(self) -> int:
         """The socket, for ``select``."""

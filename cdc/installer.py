@@ -303,7 +303,8 @@ class _Cursor(ext.cursor):
     """Gives every statement a deadline, whoever runs it: SQLAlchemy and Alembic know of none."""
 
     def execute(self, query: Any, vars: Any = None) -> None:  # noqa: A002  # its name in psycopg2
-        _allow(self.connection, self._seconds())
+        session: Any = self.connection  # of a Connection, which knows of deadlines
+        session.allow(self._seconds())
         super().execute(query, vars)
 
     def _seconds(self) -> float:
@@ -315,11 +316,6 @@ class _RevisionCursor(_Cursor):
 
     def _seconds(self) -> float:
         return REVISIONS_DEADLINE
-
-
-def _allow(session: Any, seconds: float) -> None:
-    """Begin a new deadline of a :attr:`cdc.connection.Connection.raw`."""
-    session.allow(seconds)
 
 
 @contextmanager
@@ -341,11 +337,11 @@ def _transaction(connection: Connection) -> Iterator[SqlConnection]:
     sql_connection = engine.connect()
     try:
         yield sql_connection
-        _allow(connection.raw, STATEMENT_DEADLINE)
+        connection.allow(STATEMENT_DEADLINE)
         connection.raw.commit()
     except BaseException:
         if not connection.raw.closed:
-            _allow(connection.raw, STATEMENT_DEADLINE)
+            connection.allow(STATEMENT_DEADLINE)
             connection.raw.rollback()
         raise
     finally:

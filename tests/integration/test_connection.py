@@ -295,10 +295,10 @@ def test_an_answer_in_drops_is_given_up_in_the_end(relay: Relay, session: Sessio
         conn.query("select repeat('x', 1000)", deadline=0.3)
 
 
-def test_work_that_may_wait_for_ever_is_ended_by_neither_side(dsn: str, session: Session) -> None:
+def test_work_that_is_allowed_longer_is_ended_by_neither_side(dsn: str, session: Session) -> None:
     conn = session(dsn, deadline=0.2)
     conn.raw.autocommit = False
-    conn.wait_forever()
+    conn.allow(60.0)
     with conn.raw.cursor() as cursor:
         cursor.execute("select pg_sleep(0.5)")
         conn.raw.rollback()
